@@ -1,0 +1,596 @@
+"""Polish text as packed token windows: generated sample, plwiki, or local files, tokenised once and memory-mapped.
+
+    python dataset.py                                                 the built-in sample: documents and tokens
+    python dataset.py --dataset_path folder_of_files --vocab_size 32000
+    python dataset.py --dataset_name plwiki --tokenizer_type transformers     (uv sync --extra plwiki; downloads)
+
+Documents are split 80/10/10 with a seed of their own, then each split is one long row of tokens with an end-of-text
+token after every document, so no window reaches across splits and none is padded. The rows are kept as uint16 or uint32
+files in a cache named by a hash of everything that made them (text, split, tokenizer); a damaged one is found by its
+checksum and made again. A training batch is one gather from the memory map.
+
+`sample` is made by this project's generator (sample_documents.py) and is no real Wikipedia; numbers from it say so.
+"""
+
+import codecs
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import sample_documents
+from utils import SettingsError, parse_settings, run_script, setting
+
+SPLITS = ("train", "validation", "test")
+DATASET_NAMES = ("sample", "plwiki", "plwiki_hf")
+DEFAULT_TOKENIZER = "speakleash/Bielik-4.5B-v3"
+END_OF_TEXT = "<|endoftext|>"
+CACHE_FORMAT = 1  # raise when the files or the packing change, so that old caches are not used
+FILE_TYPES = (".txt", ".jsonl", ".parquet")
+COMPRESSIONS = (".gz", ".xz", ".zst")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Documents
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """Where documents come from: `identity` names them for the cache, `read` yields their texts."""
+
+    name: str
+    description: str
+    generated: bool
+    identity: dict[str, Any]
+    read: Callable[[], Iterator[str]]
+
+
+def sample_source(count: int) -> Source:
+    """Documents of the project's own generator."""
+    code = hashlib.sha256(Path(sample_documents.__file__).read_bytes()).hexdigest()
+    return Source(
+        "sample",
+        f"{count:,} generated documents (built-in sample, no real text)",
+        True,
+        {"generator": code},
+        lambda: sample_documents.generate_documents(count),
+    )
+
+
+def plwiki_source() -> Source:
+    """plwiki of SpeakLeash, documents whose quality is HIGH (package speakleash; downloads on first use)."""
+    try:
+        from speakleash import Speakleash
+    except ImportError:
+        raise SettingsError(
+            "--dataset_name plwiki needs the package speakleash: install it with `uv sync --extra plwiki`, "
+            "or use --dataset_name plwiki_hf"
+        ) from None
+
+    def read() -> Iterator[str]:
+        try:
+            found = Speakleash(str(Path(".cache") / "speakleash"), lang="pl").get("plwiki")
+        except Exception as error:  # the package raises whatever its HTTP client does
+            raise SettingsError(f"--dataset_name plwiki could not be downloaded: {error}") from None
+        if found is None:
+            raise SettingsError("--dataset_name plwiki: SpeakLeash's list of data sets has no plwiki")
+        with_quality = 0
+        for text, meta in found.ext_data:
+            with_quality += "quality" in meta
+            if meta.get("quality") == "HIGH":
+                yield text
+        if not with_quality:
+            raise SettingsError("--dataset_name plwiki: its documents carry no quality class, so none can be chosen")
+
+    return Source("plwiki", "plwiki by SpeakLeash, quality HIGH", False, {"speakleash": "plwiki HIGH"}, read)
+
+
+def plwiki_hf_source() -> Source:
+    """Polish Wikipedia of 2023-11-01 from the Hugging Face hub (streamed)."""
+
+    def read() -> Iterator[str]:
+        from datasets import load_dataset
+
+        try:
+            for row in load_dataset("wikimedia/wikipedia", "20231101.pl", split="train", streaming=True):
+                yield row["text"]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SettingsError(
+                f"--dataset_name plwiki_hf could not be loaded from the hub: {' '.join(str(error).split())[:300]}"
+            ) from None
+
+    return Source(
+        "plwiki_hf", "wikimedia/wikipedia 20231101.pl", False, {"hub": "wikimedia/wikipedia 20231101.pl"}, read
+    )
+
+
+def file_type(path: Path) -> str | None:
+    """.txt, .jsonl or .parquet, whatever the compression; None for other files."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in FILE_TYPES else None
+
+
+@contextmanager
+def open_decompressed(path: Path) -> Iterator[io.BufferedIOBase]:
+    """Open a plain, .gz, .xz or .zst file for reading bytes."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import zstandard
+
+        opener: Any = zstandard.open
+    else:
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
+    with opener(path, "rb") as file:
+        yield file
+
+
+def read_file(path: Path, *, whole: bool) -> Iterator[str]:
+    """Yield the documents of one file.
+
+    A .jsonl line and a .parquet row are a document each (field `text`). A .txt file is one document if `whole`, else
+    its blocks separated by blank lines are documents.
+
+    Raises:
+        SettingsError: bytes that are no UTF-8, a line that is no JSON, no field `text`, or a damaged file.
+    """
+    name = f"--dataset_path: {path}"
+    try:
+        with open_decompressed(path) as file:
+            if file_type(path) == ".txt":
+                text = file.read().decode("utf-8-sig")
+                yield from [text] if whole else (block for block in text.replace("\r\n", "\n").split("\n\n"))
+            elif file_type(path) == ".jsonl":
+                for number, line in enumerate(codecs.getreader("utf-8-sig")(file), start=1):
+                    if not line.strip():
+                        continue
+                    try:
+                        row = json.loads(line)
+                    except ValueError:
+                        raise SettingsError(f"{name}: line {number} is not JSON") from None
+                    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                        raise SettingsError(f"{name}: line {number} has no field `text` that holds text")
+                    yield row["text"]
+            else:
+                yield from read_parquet(name, file, compressed=path.suffix.lower() in COMPRESSIONS)
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{name}: bytes near {error.start} are not UTF-8 ({error.reason})") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise SettingsError(f"{name} cannot be read: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":
+            raise
+        raise SettingsError(f"{name} cannot be read: {error}") from None
+
+
+def read_parquet(name: str, file: Any, *, compressed: bool) -> Iterator[str]:
+    """Yield the column `text` of a parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(pyarrow.BufferReader(file.read()) if compressed else file)
+        if "text" not in table.schema_arrow.names:
+            raise SettingsError(f"{name} has no column `text`, only {', '.join(table.schema_arrow.names)}")
+        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+            for value in batch.column(0).to_pylist():
+                if not isinstance(value, str):
+                    raise SettingsError(f"{name}: its column `text` holds values that are not text")
+                yield value
+    except pyarrow.ArrowInvalid as error:
+        raise SettingsError(f"{name} is not a parquet file: {' '.join(str(error).split())[:200]}") from None
+
+
+def local_source(path_text: str) -> Source:
+    """Documents of a file or of all .txt, .jsonl and .parquet files below a folder, in name order.
+
+    Raises:
+        SettingsError: nothing there, an unknown kind of file, or no usable file in the folder.
+    """
+    path = Path(path_text)
+    if not path.exists():
+        raise SettingsError(f"--dataset_path {path} does not exist")
+    kinds = ", ".join(FILE_TYPES) + " (plain, " + ", ".join(COMPRESSIONS) + ")"
+    files = sorted(p for p in path.rglob("*") if p.is_file() and file_type(p)) if path.is_dir() else [path]
+    if not files or file_type(files[0]) is None:
+        raise SettingsError(f"--dataset_path {path} has no file of a kind that can be read: {kinds}")
+    identity = {}
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                identity[str(file.relative_to(path))] = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise SettingsError(f"--dataset_path: {file} cannot be read: {error.strerror}") from None
+
+    def read() -> Iterator[str]:
+        for file in files:
+            yield from read_file(file, whole=path.is_dir())
+
+    names = ", ".join(file.name for file in files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
+    return Source("local files", f"local files: {names}", False, {"files": identity, "folder": path.is_dir()}, read)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextTokenizer:
+    """A tokenizer of either kind behind three things: its size, its end-of-text id, and encoding many texts at once."""
+
+    description: str
+    size: int
+    end_of_text_id: int
+    encode: Callable[[list[str]], list[list[int]]]
+
+
+def load_pretrained_tokenizer(name: str) -> TextTokenizer:
+    """A tokenizer by hub name or from a folder, through transformers; no code from the hub is run.
+
+    Raises:
+        SettingsError: not found (or no network), or without an end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingsError(
+            f"--tokenizer {name} could not be loaded ({reason}); without a network give the path of a tokenizer's "
+            "folder, or use --tokenizer_type bpe"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise SettingsError(f"--tokenizer {name} has no end-of-text token")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        if backend is not None:  # all cores, and no copy of offsets and masks
+            return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return TextTokenizer(f"transformers {name} (sha256 {digest[:12]})", len(tokenizer), tokenizer.eos_token_id, encode)
+
+
+def train_bpe(texts: list[str], vocab_size: int) -> Any:
+    """Train a byte-level BPE tokenizer: any text can be encoded. Source: Sennrich et al. 2016, arXiv 1508.07909."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def wrap_bpe(tokenizer: Any) -> TextTokenizer:
+    """A tokenizer of `train_bpe` as a TextTokenizer."""
+    return TextTokenizer(
+        f"byte-level BPE trained on the training split, {tokenizer.get_vocab_size():,} entries",
+        tokenizer.get_vocab_size(),
+        tokenizer.token_to_id(END_OF_TEXT),
+        lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)],
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Token files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenSplit:
+    """One split: a long row of token ids (memory-mapped), and the UTF-8 bytes of text they stand for."""
+
+    name: str
+    tokens: np.ndarray  # (tokens,) uint16 or uint32
+    num_bytes: int
+    num_documents: int
+
+    def num_windows(self, context_length: int) -> int:
+        """Windows of context_length inputs whose targets (shifted by one) are all there."""
+        return max(0, (len(self.tokens) - 1) // context_length)
+
+    def batch(
+        self, windows: np.ndarray, context_length: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of the numbered windows, each (windows, context_length) int64 on the device."""
+        places = windows[:, None] * context_length + np.arange(context_length + 1)  # (windows, context + 1)
+        return self._to_device(self.tokens[places], device)
+
+    def tail(self, context_length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What is left after the last whole window, as one shorter window (1, rest); None if nothing is."""
+        begin = self.num_windows(context_length) * context_length
+        if len(self.tokens) - begin < 2:
+            return None
+        return self._to_device(self.tokens[None, begin:], device)
+
+    @staticmethod
+    def _to_device(rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.from_numpy(rows.astype(np.int64))  # (windows, context + 1)
+        if device.type == "cuda":
+            ids = ids.pin_memory().to(device, non_blocking=True)
+        return ids[:, :-1], ids[:, 1:]
+
+
+@dataclass
+class TextData:
+    """The three splits and what made them."""
+
+    splits: dict[str, TokenSplit]
+    description: dict[str, Any]  # for run.json: name, description, generated, documents, tokens, cache key
+    tokenizer: dict[str, Any]  # for run.json: description, size
+    document_lengths: np.ndarray  # (documents,) tokens in each document
+
+
+def load_text_data(
+    *,
+    dataset_name: str | None = None,
+    dataset_path: str | None = None,
+    max_documents: int | None = None,
+    split_seed: int = 0,
+    tokenizer_type: str = "bpe",
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    cache_folder: str = ".cache/tokens",
+    progress: bool = True,
+) -> TextData:
+    """Splits of packed tokens, from the cache or made now.
+
+    Args:
+        dataset_name: sample (the default), plwiki or plwiki_hf.
+        dataset_path: a file or folder instead of a named data set.
+        max_documents: at most this many (default: 3,000 of sample, 100,000 of plwiki and plwiki_hf, else all).
+        split_seed: decides which documents are in which split.
+        tokenizer_type: "bpe" trains one on the training split; "transformers" loads `tokenizer`.
+        tokenizer: hub name or folder for "transformers".
+        vocab_size: entries of the BPE, and the most that any tokenizer may have.
+        cache_folder: where token files are kept.
+
+    Raises:
+        SettingsError: whatever is wrong with the input, in one sentence naming the setting.
+    """
+    if dataset_path is not None and dataset_name is not None:
+        raise SettingsError("--dataset_name and --dataset_path exclude each other; give one of them")
+    dataset_name = dataset_name or "sample"
+    if dataset_path is None and dataset_name not in DATASET_NAMES:
+        raise SettingsError(f"--dataset_name {dataset_name} is unknown; choose one of {', '.join(DATASET_NAMES)}")
+    if max_documents is None and dataset_path is None:
+        max_documents = 3_000 if dataset_name == "sample" else 100_000
+    if max_documents is not None and max_documents < 3:
+        raise SettingsError("--max_documents must be at least 3, one for each split")
+    if tokenizer_type == "bpe" and tokenizer is not None:
+        raise SettingsError("--tokenizer has no effect with --tokenizer_type bpe; use --tokenizer_type transformers")
+    if tokenizer_type == "bpe" and vocab_size < 257:
+        raise SettingsError(f"--vocab_size {vocab_size} is too small for a byte-level BPE: 256 bytes and end of text")
+
+    if dataset_path is not None:
+        source = local_source(dataset_path)
+    elif dataset_name == "sample":
+        source = sample_source(max_documents)
+    else:
+        source = plwiki_source() if dataset_name == "plwiki" else plwiki_hf_source()
+    pretrained = None
+    if tokenizer_type == "transformers":
+        pretrained = load_pretrained_tokenizer(tokenizer or DEFAULT_TOKENIZER)
+        check_vocabulary(pretrained, vocab_size)
+    made_by = {
+        "format": CACHE_FORMAT,
+        "source": source.identity,
+        "max_documents": max_documents,
+        "split_seed": split_seed,
+        "tokenizer": pretrained.description if pretrained else f"bpe {vocab_size}",
+    }
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cache_folder) / key
+    meta = read_cache(folder, made_by)
+    if meta is None:
+        try:
+            build_cache(folder, source, made_by, pretrained, vocab_size, max_documents, split_seed, progress)
+        except OSError as error:
+            raise SettingsError(f"--cache_folder {cache_folder}: writing failed ({error.strerror})") from None
+        meta = read_cache(folder, made_by)
+        if meta is None:
+            raise SettingsError(f"--cache_folder {cache_folder}: what was just written reads back differently")
+    splits = {
+        name: TokenSplit(
+            name,
+            np.memmap(folder / f"{name}.bin", dtype=meta["dtype"], mode="r"),
+            meta["splits"][name]["bytes"],
+            meta["splits"][name]["documents"],
+        )
+        for name in SPLITS
+    }
+    description = {
+        "name": source.name,
+        "description": source.description,
+        "generated": source.generated,
+        "split_seed": split_seed,
+        "cache_key": key,
+        "splits": {
+            name: {"documents": split.num_documents, "tokens": len(split.tokens), "bytes": split.num_bytes}
+            for name, split in splits.items()
+        },
+    }
+    lengths = np.load(folder / "document_lengths.npy", allow_pickle=False)
+    return TextData(splits, description, meta["tokenizer"], lengths)
+
+
+def check_vocabulary(tokenizer: TextTokenizer, vocab_size: int) -> None:
+    """Raise unless every token id is below the model's vocabulary."""
+    if tokenizer.size > vocab_size:
+        raise SettingsError(
+            f"--tokenizer has {tokenizer.size:,} entries, more than the model's --vocab_size {vocab_size:,}; "
+            f"set --vocab_size {tokenizer.size}"
+        )
+
+
+def read_cache(folder: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
+    """The cache's description if it is whole and made by the same things; else None, and a damaged one is removed."""
+    if not folder.exists():
+        return None
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["made_by"] == made_by and all(
+            zlib.crc32((folder / name).read_bytes()) == checksum for name, checksum in meta["checksums"].items()
+        ):
+            return meta
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    print(f"token cache {folder} is damaged or foreign: making it again")
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def split_documents(count: int, seed: int) -> dict[str, np.ndarray]:
+    """Document numbers of each split, shuffled: 10 % test, 10 % validation (at least one each), the rest train."""
+    order = np.random.default_rng(seed).permutation(count)
+    held_out = max(1, count // 10)
+    return {
+        "test": order[:held_out],
+        "validation": order[held_out : 2 * held_out],
+        "train": order[2 * held_out :],
+    }
+
+
+def build_cache(
+    folder: Path,
+    source: Source,
+    made_by: dict[str, Any],
+    tokenizer: TextTokenizer | None,
+    vocab_size: int,
+    max_documents: int | None,
+    split_seed: int,
+    progress: bool,
+) -> None:
+    """Read, split, tokenise and write everything to a temporary folder, then rename it to `folder`."""
+    documents = list(
+        islice(
+            tqdm(
+                (text for text in source.read() if text.strip()),
+                desc="reading documents",
+                unit="",
+                disable=not progress,
+                leave=False,
+            ),
+            max_documents,
+        )
+    )
+    if len(documents) < 3:
+        raise SettingsError(
+            f"{source.description}: {len(documents)} documents with text, but at least 3 are needed, one for each split"
+        )
+    split = split_documents(len(documents), split_seed)
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        if tokenizer is None:
+            bpe = train_bpe([documents[i] for i in split["train"]], vocab_size)
+            bpe.save(str(temporary / "tokenizer.json"))
+            tokenizer = wrap_bpe(bpe)
+        dtype = "uint16" if tokenizer.size <= 2**16 else "uint32"
+        lengths = np.zeros(len(documents), dtype=np.int64)
+        meta: dict[str, Any] = {
+            "made_by": made_by,
+            "dtype": dtype,
+            "tokenizer": {"description": tokenizer.description, "size": tokenizer.size},
+            "splits": {},
+            "checksums": {},
+        }
+        with tqdm(total=len(documents), desc="tokenising", unit="doc", disable=not progress, leave=False) as bar:
+            for name in SPLITS:
+                num_bytes = 0
+                with (temporary / f"{name}.bin").open("wb") as file:
+                    for group in grouped(split[name], documents):
+                        texts = [documents[i] for i in group]
+                        for i, ids in zip(group, tokenizer.encode(texts), strict=True):
+                            lengths[i] = len(ids)
+                            num_bytes += len(documents[i].encode())
+                            np.asarray([*ids, tokenizer.end_of_text_id], dtype=dtype).tofile(file)
+                        bar.update(len(group))
+                meta["splits"][name] = {"documents": len(split[name]), "bytes": num_bytes}
+        np.save(temporary / "document_lengths.npy", lengths)
+        for file in sorted(temporary.iterdir()):
+            meta["checksums"][file.name] = zlib.crc32(file.read_bytes())
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        if not folder.exists():  # another process may have been faster; its files are the same
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def grouped(numbers: np.ndarray, documents: list[str], characters: int = 4_000_000) -> Iterator[list[int]]:
+    """Document numbers in groups of about `characters`: enough work for every core, little memory."""
+    group: list[int] = []
+    size = 0
+    for number in numbers:
+        group.append(int(number))
+        size += len(documents[number])
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """Settings of `python dataset.py`."""
+
+    dataset_name: str | None = setting(None, "sample (the default), plwiki or plwiki_hf")
+    dataset_path: str | None = setting(
+        None, "a .txt, .jsonl or .parquet file (plain, .gz, .xz, .zst) or a folder of them"
+    )
+    max_documents: int | None = setting(None, "at most this many documents")
+    split_seed: int = setting(0, "decides which documents are in which split")
+    tokenizer_type: str = setting(
+        "bpe", "bpe: trained on the training split; transformers: --tokenizer", ["bpe", "transformers"]
+    )
+    tokenizer: str | None = setting(None, f"hub name or folder (default {DEFAULT_TOKENIZER})")
+    vocab_size: int = setting(4096, "entries of the BPE, the most any tokenizer may have")
+    cache_folder: str = setting(".cache/tokens", "where token files are kept")
+
+
+def main() -> int:
+    """Make or load the token files and print what is in them."""
+    data = load_text_data(**vars(parse_settings(Settings)))
+    print(f"{data.description['description']}; {data.tokenizer['description']}")
+    print(f"{'split':<12}{'documents':>10}{'tokens':>13}{'bytes a token':>15}")
+    for name, split in data.splits.items():
+        rate = split.num_bytes / max(1, len(split.tokens))
+        print(f"{name:<12}{split.num_documents:>10,}{len(split.tokens):>13,}{rate:>15.2f}")
+    middle, long = np.percentile(data.document_lengths, [50, 95])
+    print(f"tokens a document: median {middle:.0f}, 95th percentile {long:.0f}, longest {data.document_lengths.max()}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

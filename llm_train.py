@@ -1,0 +1,723 @@
+"""Train a GPT-2-like decoder on Polish text and log what each phase of a step needs: memory, time and quality.
+
+    python llm_train.py                                                        built-in text, tiny model without a GPU
+    python llm_train.py --use_flash_attention true --adjust_batch_size true    the largest batch that fits
+    python llm_train.py --dataset_name plwiki --tokenizer_type transformers --max_training_minutes 120
+    python llm_train.py --resume outputs/llm/RUN                               go on after an interruption
+
+Every technique is one flag, and one run changes one thing: --use_flash_attention, --attention_backend,
+--attention_window, --precision (--use_fp16), --use_gradient_checkpointing, --optimizer, --batch_size. A run leaves
+run.json, steps.jsonl, memory.csv and pictures in outputs/<experiment>/<run_name>/; the last line printed is one JSON
+object with the results.
+
+Perplexity follows the number of updates, and a larger batch makes fewer of them in an epoch: to compare the quality of
+two techniques keep --tokens_per_update and --max_steps equal.
+"""
+
+import json
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import plot
+import utils
+from attention import BACKENDS, FULL, choose_flash_backend, observe_kernel, parse_window, unsupported_reason
+from batch_size import METHODS, Probe, find_batch_size, is_out_of_memory, set_memory_budget
+from dataset import DATASET_NAMES, DEFAULT_TOKENIZER, TextData, TokenSplit, load_text_data
+from memory_tracker import MemoryTracker
+from precision import AUTOCAST_DTYPES, PRECISIONS, autocast, make_scaler, set_precision
+from run_folder import Interrupted, RunFolder, StepLog, StopRequest, check_writable, describe_environment, now
+from training_state import capture, load_state, restore, save_state
+from transformer_based_llm import (
+    MODEL_SIZES,
+    ModelConfig,
+    TransformerLM,
+    count_matmul_parameters,
+    count_parameters,
+    model_config,
+    model_summary,
+)
+from utils import GIB, SettingsError, parse_settings, run_script, setting
+
+
+# fmt: off
+@dataclass
+class Settings:
+    """Every setting is a constant here and a flag; `--config FILE.yaml` sets several."""
+
+    # model
+    model_type: str = setting("transformer", "this script's one model; a flag of the seed lab", ["transformer"])
+    model_size: str = setting("auto", "auto is gpt2 (134 M) with a GPU and tiny without", ["auto", *MODEL_SIZES])
+    num_layers: int | None = setting(None, "blocks (default: by model_size)")
+    embedding_dim: int | None = setting(None, "width (default: by model_size)")
+    num_heads: int | None = setting(None, "attention heads (default: by model_size)")
+    context_length: int | None = setting(None, "tokens in a sequence (default: 256, tiny 128)")
+    vocab_size: int | None = setting(None, "entries of embedding, head and trained BPE (default: 32000, tiny 4096)")
+    dropout: float = setting(0.0, "dropout of embeddings, attention weights and both branches of a block")
+
+    # techniques
+    use_flash_attention: bool = setting(False, "flash-attn if it runs here, else PyTorch's flash kernel; implies bf16")
+    attention_backend: str | None = setting(None, "attention kernel by name (default: sdpa)", BACKENDS)
+    attention_window: str | None = setting(None, "keys seen before and after, such as 64,0 (default: all)")
+    precision: str | None = setting(None, "default: fp32, or bf16 with flash attention", PRECISIONS)
+    use_fp16: bool = setting(False, "the seed lab's name for BF16 autocast; the same as --precision bf16")
+    use_gradient_checkpointing: bool = setting(False, "keep only each block's input, recompute the rest")
+    optimizer: str = setting("adam", "adam (decay as L2) or adamw (decoupled; fused on a GPU)", ["adam", "adamw"])
+    learning_rate: float = setting(0.0005, "constant learning rate")
+    weight_decay: float = setting(0.1, "weight decay")
+
+    # batch
+    batch_size: int | None = setting(None, "sequences in a batch, or where the search starts (default: 64, tiny 8)")
+    adjust_batch_size: bool = setting(False, "search the largest batch size that trains")
+    batch_size_search: str | None = setting(None, "grow by a quarter only, or bisect then (default)", METHODS)
+    max_batch_size: int | None = setting(None, "upper bound of the search")
+    memory_budget_gib: float | None = setting(None, "play a card of this size (no GPU: half the free memory)")
+    tokens_per_update: int | None = setting(None, "tokens of an optimizer step, by accumulation (default: one batch)")
+
+    # data
+    dataset_name: str | None = setting(None, "sample (generated, the default), plwiki or plwiki_hf", DATASET_NAMES)
+    dataset_path: str | None = setting(None, ".txt, .jsonl, .parquet file (plain, .gz, .xz, .zst) or a folder of them")
+    max_documents: int | None = setting(None, "at most this many documents")
+    split_seed: int = setting(0, "which documents are train, validation and test (80/10/10)")
+    tokenizer_type: str = setting("bpe", "bpe: trained on the training split", ["bpe", "transformers"])
+    tokenizer: str | None = setting(None, f"hub name or folder for type transformers (default {DEFAULT_TOKENIZER})")
+    cache_folder: str = setting(".cache/tokens", "where token files are kept")
+
+    # length
+    epochs: int = setting(1, "passes over the training split")
+    max_steps: int | None = setting(None, "stop after this many optimizer steps")
+    max_training_minutes: float | None = setting(None, "stop, save and evaluate after this long")
+    evaluate_on: str = setting("test", "split of the final metrics: choose on validation", ["test", "validation"])
+
+    # measuring
+    tracked_steps: int = setting(5, "steps whose memory is tracked, from the second on; they also warm up")
+    measured_steps: int = setting(20, "steps after those whose median time is reported")
+    log_every: int = setting(100, "steps between printed lines")
+
+    # run
+    seed: int = setting(0, "initial weights, order of the data, dropout")
+    deterministic: bool = setting(False, "kernels that give the same bits every time, where PyTorch has them; slower")
+    device: str = setting("auto", "auto is cuda if there is one", ["auto", "cpu", "cuda"])
+    checkpoint_every_minutes: float | None = setting(None, "save the state this often")
+    resume: str | None = setting(None, "run folder to go on with; its settings are used")
+    output_folder: str = setting("outputs", "folder of all results")
+    experiment: str = setting("llm", "folder of this experiment's runs")
+    run_name: str | None = setting(None, "folder of this run (default: named after its techniques)")
+    config: str | None = setting(None, "YAML file of settings; flags win over it")
+# fmt: on
+
+
+MUST_BE_POSITIVE = (
+    "batch_size", "max_batch_size", "memory_budget_gib", "tokens_per_update", "epochs", "max_steps", "log_every",
+    "max_training_minutes", "checkpoint_every_minutes", "learning_rate", "tracked_steps", "measured_steps",
+)  # fmt: skip
+MAY_CHANGE_ON_RESUME = {
+    "max_steps",
+    "max_training_minutes",
+    "checkpoint_every_minutes",
+    "log_every",
+    "resume",
+    "config",
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From settings to a plan
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """What the settings mean on this machine."""
+
+    device: torch.device
+    precision: str
+    model: ModelConfig
+    model_size: str
+    batch_size: int
+    capacity_gib: float  # of the GPU or the budget
+    limit_bytes: int | None  # budget for live tensors without a GPU; on a GPU the allocator keeps it
+    notes: list[str]
+
+
+def read_settings() -> tuple[Settings, RunFolder | None]:
+    """Settings from the command line, or those of the run that `--resume` names.
+
+    Raises:
+        SettingsError: a setting that would change the resumed run was given another value.
+    """
+    settings = parse_settings(Settings)
+    if settings.resume is None:
+        return settings, None
+    run = RunFolder.open(settings.resume)
+    known = {field.name for field in fields(Settings)}
+    saved = {name: value for name, value in run.info.get("settings", {}).items() if name in known}
+    settings = parse_settings(Settings, saved=saved)
+    for name, value in saved.items():
+        if name not in MAY_CHANGE_ON_RESUME and getattr(settings, name) != value:
+            raise SettingsError(
+                f"--resume {settings.resume}: that run has --{name} {value}, not {getattr(settings, name)}; "
+                f"leave --{name} out, or start a new run"
+            )
+    return settings, run
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Check the settings against each other and this machine, and fill in what they leave open.
+
+    Raises:
+        SettingsError: values out of range, settings that exclude each other or have no effect, kernels that cannot run.
+    """
+    for name in MUST_BE_POSITIVE:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise SettingsError(f"--{name} must be above 0, not {value}")
+    if not settings.weight_decay >= 0:
+        raise SettingsError(f"--weight_decay must be at least 0, not {settings.weight_decay}")
+    for name in ("batch_size_search", "max_batch_size"):
+        if getattr(settings, name) is not None and not settings.adjust_batch_size:
+            raise SettingsError(f"--{name} has no effect without --adjust_batch_size true")
+    if settings.use_flash_attention and settings.attention_backend is not None:
+        raise SettingsError("--use_flash_attention true and --attention_backend exclude each other; give one of them")
+    if settings.use_fp16 and settings.precision not in (None, "bf16"):
+        raise SettingsError(f"--use_fp16 true means bf16 and contradicts --precision {settings.precision}; give one")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
+
+    notes = []
+    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    half = settings.use_flash_attention or settings.use_fp16
+    precision = settings.precision or ("bf16" if half else "fp32")
+    if settings.use_fp16:
+        notes.append(
+            "--use_fp16 is the seed lab's name for BF16 autocast: this run is bf16 (real fp16: --precision fp16)"
+        )
+    set_precision(precision, device)
+
+    model_size = settings.model_size
+    if model_size == "auto":
+        model_size = "gpt2" if device.type == "cuda" else "tiny"
+    window = parse_window(settings.attention_window)
+    shape = {name: getattr(settings, name) for name in MODEL_SIZES[model_size]}
+    model = model_config(
+        model_size,
+        **shape,
+        dropout=settings.dropout,
+        attention_window=window,
+        use_gradient_checkpointing=settings.use_gradient_checkpointing,
+    )
+    dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
+    if settings.use_flash_attention:
+        if precision in ("fp32", "tf32") and device.type == "cuda":
+            raise SettingsError(
+                f"--use_flash_attention true with --precision {precision}: flash kernels exist for bf16 and fp16 "
+                "only; leave --precision out or use bf16"
+            )
+        backend = choose_flash_backend(device, dtype, window, model.head_dim)
+        notes.append(f"--use_flash_attention: attention_backend {backend}")
+        if backend != "flash_attn":
+            notes[-1] += f" ({unsupported_reason('flash_attn', device, dtype, window, model.head_dim)})"
+    else:
+        backend = settings.attention_backend or "sdpa"
+        reason = unsupported_reason(backend, device, dtype, window, model.head_dim)
+        if reason is not None:
+            raise SettingsError(f"--attention_backend {backend} cannot run here: {reason}")
+        if backend == "eager" and window != FULL:
+            notes.append(
+                "eager attention computes all scores and masks them: this window changes the result, saves nothing"
+            )
+    model = model_config(model_size, **(asdict(model) | {"attention_backend": backend}))
+
+    if settings.tokens_per_update is not None and settings.tokens_per_update % model.context_length:
+        raise SettingsError(
+            f"--tokens_per_update {settings.tokens_per_update} is not a multiple of the context length "
+            f"{model.context_length}"
+        )
+    batch_size = settings.batch_size or (8 if model_size == "tiny" else 64)
+    if settings.tokens_per_update is not None and batch_size * model.context_length > settings.tokens_per_update:
+        if settings.batch_size is not None:
+            raise SettingsError(
+                f"--batch_size {batch_size} x {model.context_length} tokens is more than --tokens_per_update "
+                f"{settings.tokens_per_update}; lower one or raise the other"
+            )
+        batch_size = settings.tokens_per_update // model.context_length
+    if settings.max_batch_size is not None and batch_size > settings.max_batch_size:
+        if settings.batch_size is not None:
+            raise SettingsError(f"--batch_size {batch_size} is above --max_batch_size {settings.max_batch_size}")
+        batch_size = settings.max_batch_size
+    capacity = settings.memory_budget_gib
+    if device.type == "cuda":
+        limit_bytes = None
+        capacity = capacity or torch.cuda.get_device_properties(device).total_memory / GIB
+    else:
+        free = psutil.virtual_memory().available / GIB
+        capacity = capacity or (free / 2 if settings.adjust_batch_size else None)
+        limit_bytes = None if capacity is None else int(capacity * GIB)
+    return Plan(device, precision, model, model_size, batch_size, capacity or free, limit_bytes, notes)
+
+
+def default_run_name(settings: Settings, plan: Plan) -> str:
+    """The techniques of a run, such as tiny-bf16-flash_attn-window-(64,0)-batch-125."""
+    parts = [plan.precision, plan.model.attention_backend]
+    if plan.model.attention_window != FULL:
+        parts.append("window-({},{})".format(*plan.model.attention_window))
+    if settings.use_gradient_checkpointing:
+        parts.append("gradient-checkpointing")
+    parts.append("batch-max" if settings.adjust_batch_size else f"batch-{plan.batch_size}")
+    return "-".join([plan.model_size, *parts])
+
+
+def make_optimizer(settings: Settings, model: TransformerLM, device: torch.device) -> torch.optim.Optimizer:
+    """Adam as in the seed lab, or AdamW, which runs as one fused kernel on a GPU."""
+    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **options, fused=device.type == "cuda")
+    return torch.optim.Adam(model.parameters(), **options)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One step, and the metrics of a split
+# --------------------------------------------------------------------------------------------------------------------
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def training_step(
+    model: TransformerLM,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: list[Batch],
+    precision: str,
+    tracker: MemoryTracker,
+) -> torch.Tensor:
+    """One optimizer step over one or more micro-batches; the gradient is that of the mean over all their tokens.
+
+    Args:
+        batches: inputs and targets, each (sequences, tokens) int64; the last may hold fewer sequences.
+
+    Returns:
+        The mean loss in nats a token, a scalar on the device, so that nobody has to wait for the GPU.
+    """
+    device = batches[0][0].device
+    sequences = sum(len(inputs) for inputs, _ in batches)
+    total = torch.zeros((), device=device)
+    with tracker.phase("training_step"):
+        for inputs, targets in batches:
+            with tracker.phase("forward_pass"), autocast(precision, device):
+                logits = model(inputs)  # (sequences, tokens, vocabulary)
+            with tracker.phase("loss"):
+                loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+                loss = loss * (len(inputs) / sequences)
+            del logits  # otherwise they would live through the backward pass, next to their gradient
+            with tracker.phase("backward_pass"):
+                scaler.scale(loss).backward()
+            total += loss.detach()
+        with tracker.phase("optimizer_step"):
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+@torch.no_grad()
+def sum_of_losses(model: TransformerLM, inputs: torch.Tensor, targets: torch.Tensor, precision: str) -> torch.Tensor:
+    """Sum of the tokens' losses in nats (fp64 scalar on the device), without dropout."""
+    model.eval()
+    with autocast(precision, inputs.device):
+        logits = model(inputs)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    model.train()
+    return losses.double().sum()
+
+
+def evaluate(
+    model: TransformerLM, split: TokenSplit, batch_size: int, precision: str, device: torch.device, stop: StopRequest
+) -> dict[str, float]:
+    """Loss, perplexity and bits per byte over every token of a split; no batch size changes them."""
+    context_length = model.config.context_length
+    windows = split.num_windows(context_length)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for begin in tqdm(range(0, windows, batch_size), desc=f"evaluating on {split.name}", leave=False):
+        stop.check()
+        numbers = np.arange(begin, min(begin + batch_size, windows))
+        total += sum_of_losses(model, *split.batch(numbers, context_length, device), precision)
+    rest = split.tail(context_length, device)
+    if rest is not None:
+        total += sum_of_losses(model, *rest, precision)
+    tokens = len(split.tokens) - 1  # every token but the first is predicted
+    nats = total.item()
+    return {
+        "loss": nats / tokens,
+        "perplexity": float(np.exp(nats / tokens)),
+        "bits_per_byte": nats / np.log(2) / split.num_bytes,
+        "tokens": tokens,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """What one run holds: model, optimizer, data, tracker, folder, and where it is."""
+
+    def __init__(self, settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest):
+        self.settings, self.plan, self.run, self.stop, self.device = settings, plan, run, stop, plan.device
+        self.split = data.splits["train"]
+        self.context_length = plan.model.context_length
+        self.num_windows = self.split.num_windows(self.context_length)
+        torch.manual_seed(settings.seed)
+        self.model = TransformerLM(plan.model).to(self.device)
+        self.optimizer = make_optimizer(settings, self.model, self.device)
+        self.scaler = make_scaler(plan.precision, self.device)
+        roots = (self.model, self.optimizer)
+        self.tracker = MemoryTracker(self.device, run.path / "memory.csv", roots, plan.limit_bytes)
+        self.flops_per_token = utils.training_flops_per_token(
+            count_matmul_parameters(self.model), plan.model.num_layers, plan.model.embedding_dim, self.context_length
+        )
+        self.peak_tflops = utils.peak_tflops(utils.device_name(self.device), plan.precision)
+        self.batch_size = plan.batch_size
+        self.step = 0
+        self.seconds = 0.0  # of training alone, earlier processes included
+        self.epoch, self.order = -1, np.zeros(0, dtype=np.int64)
+
+    @property
+    def sequences_per_update(self) -> int:
+        tokens = self.settings.tokens_per_update
+        return self.batch_size if tokens is None else tokens // self.context_length
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_windows // self.sequences_per_update
+
+    @property
+    def total_steps(self) -> int:
+        total = self.settings.epochs * self.steps_per_epoch
+        return min(total, self.settings.max_steps or total)
+
+    def batches_of_step(self, step: int) -> list[Batch]:
+        """Micro-batches of step 1, 2, ...; the order is a function of seed and epoch, so it needs no saved state."""
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng((self.settings.seed, epoch)).permutation(self.num_windows)
+        chosen = self.order[place * self.sequences_per_update : (place + 1) * self.sequences_per_update]
+        return [
+            self.split.batch(chosen[begin : begin + self.batch_size], self.context_length, self.device)
+            for begin in range(0, len(chosen), self.batch_size)
+        ]
+
+    def search_batch_size(self) -> None:
+        """Set the largest batch size that trains; every probe is a row of batch_size_search.csv."""
+        settings = self.settings
+        update = (
+            settings.tokens_per_update or 0
+        ) // self.context_length  # sequences of an update, 0 if it is one batch
+        maximum = min(size for size in (self.num_windows, settings.max_batch_size, update) if size)
+        generator = torch.Generator(self.device).manual_seed(settings.seed)
+        silent = MemoryTracker(self.device)
+
+        def train(batch_size: int) -> None:
+            self.stop.check()
+            shape = (batch_size, self.context_length + 1)
+            ids = torch.randint(self.plan.model.vocab_size, shape, device=self.device, generator=generator)
+            batch = (ids[:, :-1], ids[:, 1:])
+            batches = [batch, batch] if update > batch_size else [batch]  # gradients of the first lie beside the second
+            for _ in range(3):
+                training_step(self.model, self.optimizer, self.scaler, batches, self.plan.precision, silent)
+            sum_of_losses(self.model, *batch, self.plan.precision)
+
+        def report(probe: Probe) -> None:
+            reserved = "" if probe.peak_reserved_gib is None else f", {probe.peak_reserved_gib:.2f} reserved"
+            print(f"batch size {probe.batch_size:>6}: {probe.status:<5} {probe.peak_allocated_gib:.2f} GiB{reserved}")
+
+        self.batch_size, probes = find_batch_size(
+            train,
+            model=self.model,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            device=self.device,
+            start=self.batch_size,
+            maximum=maximum,
+            method=settings.batch_size_search or "bisect",
+            limit_bytes=self.plan.limit_bytes,
+            csv_path=self.run.path / "batch_size_search.csv",
+            report=report,
+        )
+        best = next(probe for probe in probes if probe.status == "ok" and probe.batch_size == self.batch_size)
+        headroom = self.plan.capacity_gib - (best.peak_reserved_gib or best.peak_allocated_gib)
+        bound = "; the largest allowed" if self.batch_size == maximum else ""
+        print(
+            f"batch size {self.batch_size} after {len(probes)} probes{bound}; headroom {headroom:.2f} of "
+            f"{self.plan.capacity_gib:.2f} GiB"
+        )
+        self.run.update(batch_size=self.batch_size, headroom_gib=round(headroom, 3))
+
+    def train(self, log: StepLog) -> str:
+        """Train until the steps are done, the time is up or a signal came; returns done, time or signal."""
+        settings, earlier, begin = self.settings, self.seconds, time.perf_counter()
+        saved = flushed = begin
+        limit = 60 * (settings.max_training_minutes or float("inf"))
+        save_after = 60 * (settings.checkpoint_every_minutes or float("inf"))
+        outcome = "done"
+        with tqdm(total=self.total_steps, initial=self.step, unit="step", desc="training") as bar:
+            while self.step < self.total_steps:
+                fetch = time.perf_counter()
+                self.seconds = earlier + fetch - begin
+                if self.stop.signal is not None or self.seconds >= limit:
+                    outcome = "signal" if self.stop.signal is not None else "time"
+                    break
+                if fetch - saved >= save_after:
+                    self.flush(log, bar)
+                    self.save()
+                    saved = fetch = time.perf_counter()
+
+                self.step += 1
+                batches = self.batches_of_step(self.step)
+                data_ms = 1000 * (time.perf_counter() - fetch)
+                tracked = log.is_tracked(self.step)
+                log.clock.start()
+                with self.tracker.step(self.step) if tracked else nullcontext():
+                    loss = training_step(
+                        self.model, self.optimizer, self.scaler, batches, self.plan.precision, self.tracker
+                    )
+                log.clock.stop()
+                log.add(self.step, loss, data_ms)
+
+                bar.update()
+                if tracked or self.step % settings.log_every == 0 or time.perf_counter() - flushed > 2:
+                    row = self.flush(log, bar)
+                    flushed = time.perf_counter()
+                    if self.step % settings.log_every == 0:
+                        bar.write(f"step {self.step}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.1f}")
+            self.flush(log, bar)
+        self.seconds = earlier + time.perf_counter() - begin
+        return outcome
+
+    def flush(self, log: StepLog, bar: tqdm) -> dict | None:
+        """Write the finished steps and show the last one in the bar."""
+        peak = self.tracker.summary().get("training_step", {}).get("peak_allocated_gib")
+        row = log.flush(peak)
+        if row is not None:
+            shown = {"loss": f"{row['loss']:.3f}", "tokens/s": f"{row['tokens_per_s']:,.0f}"}
+            bar.set_postfix(shown | ({} if peak is None else {"peak GiB": f"{peak:.2f}"}))
+        return row
+
+    def save(self) -> None:
+        """Keep the training state in checkpoint/state.safetensors."""
+        tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
+        details |= {"step": self.step, "seconds": self.seconds, "batch_size": self.batch_size}
+        save_state(self.run.path / "checkpoint" / "state.safetensors", tensors, details)
+
+    def load(self) -> None:
+        """Go on from checkpoint/state.safetensors: everything the losses depend on comes from it."""
+        tensors, details = load_state(self.run.path / "checkpoint" / "state.safetensors")
+        restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
+        self.step, self.seconds, self.batch_size = details["step"], details["seconds"], details["batch_size"]
+        self.run.drop_rows_after(self.step)
+
+    def observe_attention_kernel(self) -> str:
+        """Which attention kernel this model really calls: one forward pass of one sequence, random state kept."""
+        inputs, _ = self.split.batch(np.zeros(1, dtype=np.int64), self.context_length, self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), observe_kernel() as observer, autocast(self.plan.precision, self.device):
+            self.model(inputs)
+        return observer.name
+
+    def memory_headline(self) -> dict[str, float | str | None]:
+        """Peaks of a step in GiB, and the phase that is the peak."""
+        summary = self.tracker.summary()
+        step = summary.get("training_step", {})
+        phases = {name: row for name, row in summary.items() if name not in ("training_step", "evaluation")}
+        return {
+            "tracked_steps": len({row["step"] for row in self.tracker.rows if row["phase"] == "training_step"}),
+            "peak_allocated_gib": step.get("peak_allocated_gib"),
+            "peak_reserved_gib": step.get("peak_reserved_gib") or None,
+            "peak_phase": max(phases, key=lambda name: phases[name]["peak_allocated_gib"], default=None),
+        }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run from beginning to end
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check_corpus(data: TextData, plan: Plan, settings: Settings) -> None:
+    """Raise unless the training split fills an update and the split for the metrics has something to predict."""
+    context_length = plan.model.context_length
+    windows = data.splits["train"].num_windows(context_length)
+    if windows < 1 or len(data.splits[settings.evaluate_on].tokens) < 2:
+        raise SettingsError(
+            f"{data.description['description']}: shorter than one context of {context_length} tokens after the "
+            "80/10/10 split; use more text or a smaller --context_length"
+        )
+    tokens = settings.tokens_per_update or plan.batch_size * context_length
+    if tokens // context_length <= windows:
+        return
+    if settings.batch_size is None and settings.tokens_per_update is None:
+        plan.batch_size = windows
+        plan.notes.append(f"the training split has only {windows} sequences: batch size {windows}")
+        return
+    flag = "tokens_per_update" if settings.tokens_per_update else "batch_size"
+    raise SettingsError(
+        f"--{flag} asks for {tokens // context_length} sequences an update, but the training split has only {windows}; "
+        f"lower --{flag} or use more text"
+    )
+
+
+def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest) -> Training:
+    """Build the training; write the beginning of run.json, or, if it is there, go on from the run's checkpoint."""
+    resumed = bool(run.info)
+    if resumed and run.info["dataset"]["cache_key"] != data.description["cache_key"]:
+        raise SettingsError(f"--resume {settings.resume}: the text or tokenizer is not the one of that run")
+    training = Training(settings, plan, data, run, stop)
+    if resumed:
+        training.load()
+        run.update(status="running", resumed_at=[*run.info.get("resumed_at", []), now()])
+    else:
+        run.update(
+            status="running",
+            experiment=settings.experiment,
+            run_name=run.path.name,
+            **describe_environment(plan.device),
+            settings=asdict(settings),
+            precision=plan.precision,
+            batch_size=plan.batch_size,
+            memory_budget_gib=plan.capacity_gib if settings.adjust_batch_size else settings.memory_budget_gib,
+            model_size=plan.model_size,
+            model=asdict(plan.model),
+            parameters=count_parameters(training.model),
+            attention_kernel=training.observe_attention_kernel(),
+            dataset=data.description,
+            tokenizer=data.tokenizer,
+        )
+        (run.path / "model_summary.txt").write_text(model_summary(training.model), encoding="utf-8")
+    peak = f"{training.peak_tflops} TFLOP/s" if training.peak_tflops else "unknown for this device, so no MFU"
+    for line in (
+        *plan.notes,
+        f"data: {data.description['description']}; {data.tokenizer['description']}",
+        f"model: {plan.model_size}, {run.info['parameters']:,} parameters, context {plan.model.context_length}; "
+        f"{plan.precision}, attention {plan.model.attention_backend} ({run.info['attention_kernel']})",
+        f"{training.flops_per_token / 1e6:,.1f} MFLOP a token; dense {plan.precision} peak: {peak}",
+    ):
+        print(line)
+    if settings.adjust_batch_size and not resumed:
+        training.search_batch_size()
+    return training
+
+
+def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest) -> int:
+    """Train, evaluate, write results and pictures; returns the exit status."""
+    training = start(settings, plan, data, run, stop)
+    log = StepLog(
+        run,
+        plan.device,
+        tokens_per_update=training.sequences_per_update * training.context_length,
+        flops_per_token=training.flops_per_token,
+        peak_tflops=training.peak_tflops,
+        tracked_steps=settings.tracked_steps,
+        measured_steps=settings.measured_steps,
+        done_steps=training.step,
+    )
+    outcome = training.train(log)
+    if outcome != "done" or settings.checkpoint_every_minutes:
+        training.save()
+    results = {
+        "batch_size": training.batch_size,
+        "tokens_per_update": log.tokens_per_update,
+        "steps": training.step,
+        "epochs": round(training.step / training.steps_per_epoch, 4),
+        "training_minutes": round(training.seconds / 60, 4),
+        **log.headline(),
+        **training.memory_headline(),
+    }
+    if outcome == "signal":
+        run.update(status="interrupted", results=results)
+        print(f"interrupted after step {training.step}; go on with: python llm_train.py --resume {run.path}")
+        return stop.exit_status
+
+    split = data.splits[settings.evaluate_on]
+    with training.tracker.step(training.step), training.tracker.phase("evaluation"):
+        metrics = evaluate(training.model, split, training.batch_size, plan.precision, plan.device, stop)
+    results |= {f"{settings.evaluate_on}_{name}": value for name, value in metrics.items()}
+    run.update(status="ok", stopped_by=outcome, finished_at=now(), results=results)
+    title = f"{data.description['description']}; {data.tokenizer['description']}"
+    plot.plot_text_lengths(data.document_lengths.tolist(), run.path / "text_length_distribution.png", title)
+    plot.plot_run(run.path)
+
+    print(training.tracker.table())
+    if results["timed_steps"]:
+        mfu = "" if results["mfu"] is None else f", MFU {100 * results['mfu']:.1f} % of {training.peak_tflops} TFLOP/s"
+        print(
+            f"step {results['step_ms_median']:.1f} ms (20th-80th percentile {results['step_ms_p20']:.1f}-"
+            f"{results['step_ms_p80']:.1f}, n = {results['timed_steps']}), {results['tokens_per_s']:,.0f} tokens/s{mfu}"
+        )
+    generated = " on generated text" if data.description["generated"] else ""
+    print(
+        f"{settings.evaluate_on} loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f} per token, "
+        f"{metrics['bits_per_byte']:.4f} bits per byte{generated}; results in {run.path}"
+    )
+    print(json.dumps({"run": str(run.path), "status": "ok", **results}))
+    return 0
+
+
+def main() -> int:
+    """Check everything that can be wrong with the input, make the run folder, run, and record how it ended."""
+    settings, run = read_settings()
+    plan = make_plan(settings)
+    check_writable(Path(settings.output_folder) / settings.experiment, "--output_folder")
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    set_memory_budget(plan.device, settings.memory_budget_gib)
+    data = load_text_data(
+        dataset_name=settings.dataset_name,
+        dataset_path=settings.dataset_path,
+        max_documents=settings.max_documents,
+        split_seed=settings.split_seed,
+        tokenizer_type=settings.tokenizer_type,
+        tokenizer=settings.tokenizer,
+        vocab_size=plan.model.vocab_size,
+        cache_folder=settings.cache_folder,
+    )
+    check_corpus(data, plan, settings)
+    if run is None:
+        name = settings.run_name or default_run_name(settings, plan)
+        run = RunFolder.create(settings.output_folder, settings.experiment, name, unique=settings.run_name is None)
+    with StopRequest() as stop:
+        try:
+            return run_training(settings, plan, data, run, stop)
+        except Interrupted:
+            run.update(status="interrupted")
+            print("interrupted outside the training loop; the last checkpoint, if any, is in the run folder")
+            return stop.exit_status
+        except SettingsError as error:
+            run.update(status="error", error=str(error))
+            raise
+        except (RuntimeError, MemoryError, FloatingPointError) as error:
+            reason = str(error).splitlines()[0]
+            status = "oom" if is_out_of_memory(error) else "error"
+            run.update(status=status, error=reason)
+            if status == "error" and not isinstance(error, FloatingPointError):
+                raise
+    if status == "oom":
+        reason = (
+            f"out of memory with batch size {run.info['batch_size']} ({reason}); lower --batch_size, or use "
+            "--adjust_batch_size true, --use_gradient_checkpointing true or --precision bf16"
+        )
+    print(f"{run.path}: {reason}")
+    print(json.dumps({"run": str(run.path), "status": status}))
+    return 1
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,151 @@
+"""Tools every script of the lab uses: settings from flags, errors in one sentence, FLOPs and MFU.
+
+Nothing here knows a model or a technique. Sources: FLOPs per token and MFU follow PaLM (Chowdhery et al. 2022,
+arXiv 2204.02311, appendix B); peak rates are the vendors' dense figures (no sparsity).
+"""
+
+import dataclasses
+import platform
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+GIB = 2**30
+Settings = TypeVar("Settings")
+
+
+class SettingsError(ValueError):
+    """A wrong setting or input: one sentence that names what to change. Scripts print it and exit with status 2."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings: a constant in the dataclass and a flag are the same thing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def setting(default: Any, help_text: str, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field with a default, a help text and, where the values are few, the list of them."""
+    details: dict[str, Any] = {"help": help_text.replace("%", "%%")}
+    if choices is not None:
+        details["choices"] = list(choices)
+    return dataclasses.field(default=default, metadata=details)
+
+
+def parse_settings(
+    settings_class: type[Settings], argv: Sequence[str] | None = None, *, saved: dict[str, Any] | None = None
+) -> Settings:
+    """Read flags (`--name value`, bare `--name` for true) over a YAML file (`--config`) over the class's defaults.
+
+    Args:
+        settings_class: dataclass whose fields become flags; a field named `config` holds the path of a YAML file.
+        argv: the words after the script's name; those of this process if None.
+        saved: values that replace the defaults, for example those of the run that is being resumed.
+
+    Raises:
+        SettingsError: the YAML file is missing, malformed or has an unknown key.
+        SystemExit: status 2 with a usage line for an unknown flag or a value of the wrong type (argparse).
+    """
+    parser = HfArgumentParser(settings_class, allow_abbrev=False)
+    known = {field.name for field in dataclasses.fields(settings_class)}
+    defaults = dict(saved or {})
+    path = parser.parse_known_args(argv)[0].config if "config" in known else None
+    if path is not None:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise SettingsError(f"--config {path} cannot be read as YAML: {reason}") from None
+        unknown = sorted(set(content) - known) if isinstance(content, dict) else ["(not a mapping)"]
+        if unknown:
+            raise SettingsError(f"--config {path} has unknown settings: {', '.join(map(str, unknown))}")
+        # YAML values go through the same conversion as a flag's text, so a wrong type is caught in the same way.
+        words = [f"--{name}={value}" for name, value in content.items() if value is not None]
+        defaults |= {name: getattr(parser.parse_args(words), name) for name in content}
+    parser.set_defaults(**defaults)
+    return settings_class(**vars(parser.parse_args(argv)))
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Call a script's main(); a SettingsError becomes one sentence on standard error and exit status 2."""
+    try:
+        sys.exit(main())
+    except SettingsError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name as the driver tells it, or the processor's and its number of usable cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        name = found.group(1).strip() if found else name
+    return f"{name} ({torch.get_num_threads()} threads)"
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """Percentile by linear interpolation; None for no values."""
+    return float(np.percentile(values, percent)) if len(values) else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# FLOPs and MFU
+# --------------------------------------------------------------------------------------------------------------------
+
+# Dense peak rates in TFLOP/s: the GPU's name (as a full regular expression), then bf16 and fp16, tf32, fp32 without
+# tensor cores. None: the unit does not exist, or no vendor figure was found. A name that matches no row gives no MFU.
+PEAK_TFLOPS = (
+    (r"NVIDIA (GH200.*|H200|H100 80GB HBM3)", {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 66.9}),
+    (r"NVIDIA H100 PCIe", {"bf16": 756.0, "fp16": 756.0, "tf32": 378.0, "fp32": 51.0}),
+    (r"NVIDIA H100 NVL", {"bf16": 835.0, "fp16": 835.0, "tf32": 417.5, "fp32": 60.0}),
+    (r"NVIDIA B200", {"bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0, "fp32": None}),
+    (r"(NVIDIA )?A100.*", {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}),
+    (r"NVIDIA A40", {"bf16": 149.7, "fp16": 149.7, "tf32": 74.8, "fp32": 37.4}),
+    (r"NVIDIA A30", {"bf16": 165.0, "fp16": 165.0, "tf32": 82.0, "fp32": 10.3}),
+    (r"NVIDIA L40S", {"bf16": 362.0, "fp16": 362.0, "tf32": 183.0, "fp32": 91.6}),
+    (r"NVIDIA L4", {"bf16": 121.0, "fp16": 121.0, "tf32": 60.0, "fp32": 30.3}),
+    (r"NVIDIA RTX A6000", {"bf16": 154.8, "fp16": 154.8, "tf32": 77.4, "fp32": 38.7}),
+    (r"NVIDIA GeForce RTX 3090", {"bf16": 71.0, "fp16": 71.0, "tf32": 35.6, "fp32": 35.6}),
+    (r"NVIDIA GeForce RTX 4090", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6}),
+    (r"NVIDIA GeForce RTX 5090", {"bf16": 209.5, "fp16": 209.5, "tf32": 104.8, "fp32": 104.8}),
+    (r"(NVIDIA |Tesla )V100.*SXM.*", {"bf16": None, "fp16": 125.0, "tf32": None, "fp32": 15.7}),
+    (r"(NVIDIA |Tesla )V100.*PCIE.*", {"bf16": None, "fp16": 112.0, "tf32": None, "fp32": 14.0}),
+    (r"(NVIDIA |Tesla )T4", {"bf16": None, "fp16": 65.0, "tf32": None, "fp32": 8.1}),
+)
+
+
+def peak_tflops(name: str, precision: str) -> float | None:
+    """This GPU's dense peak in TFLOP/s for fp32, tf32, bf16 or fp16; None where it is not known (a CPU, MIG slices)."""
+    if "MIG" in name:
+        return None
+    for pattern, rates in PEAK_TFLOPS:
+        if re.fullmatch(pattern, name):
+            return rates[precision]
+    return None
+
+
+def training_flops_per_token(
+    matmul_parameters: int, num_layers: int, embedding_dim: int, context_length: int, attended_fraction: float = 1.0
+) -> float:
+    """Floating-point operations of forward and backward for one token (recomputation is not counted).
+
+    6 x the parameters that take part in matrix products (not the embedding tables, norms and biases), plus
+    12 x layers x width x context for the two attention products. As in PaLM, nanoGPT and the FlashAttention-2 paper the
+    attention term is counted in full; `attended_fraction` scales it where a causal mask (0.5) or a window is credited.
+    """
+    return 6 * matmul_parameters + 12 * num_layers * embedding_dim * context_length * attended_fraction
+
+
+def model_flops_utilisation(tokens_per_s: float, flops_per_token: float, peak: float | None) -> float | None:
+    """MFU = model FLOP/s over the dense peak (TFLOP/s); None if the peak is unknown."""
+    return None if peak is None else tokens_per_s * flops_per_token / (peak * 1e12)
