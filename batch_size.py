@@ -18,6 +18,7 @@ size would fail too. So the except block is left before anything is cleaned up (
 
 import csv
 import gc
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -54,6 +55,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
+def use_expandable_segments(device: torch.device) -> None:
+    """Let PyTorch's CUDA allocator grow one segment instead of collecting many of fixed sizes.
+
+    With fixed segments a batch near the limit may run in a probe and fail in training, or the other way round, by the
+    luck of which sizes were asked for before: on an 80 GB card a size that had run failed in its second training step
+    with 12.9 GiB reserved but unusable. Call it before the first allocation. Where PYTORCH_CUDA_ALLOC_CONF is set, the
+    allocator stays as it says (https://docs.pytorch.org/docs/stable/notes/cuda.html).
+    """
+    if device.type == "cuda" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        # The setter moved and was renamed between PyTorch 2.9 and 2.11.
+        set_allocator = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        (set_allocator or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+
+
 def set_memory_budget(device: torch.device, gib: float | None) -> None:
     """Make a GPU behave like one with `gib` GiB: PyTorch's allocator refuses to reserve more (the context is extra).
 
@@ -65,7 +80,7 @@ def set_memory_budget(device: torch.device, gib: float | None) -> None:
     total = torch.cuda.get_device_properties(device).total_memory / GIB
     if gib > total:
         raise SettingsError(f"--memory_budget_gib {gib} is more than this card's {total:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction(gib / total, device)
+    torch.cuda.set_per_process_memory_fraction(gib / total)
 
 
 def try_batch_size(
@@ -186,6 +201,8 @@ def find_batch_size(
                 too_large = size
     finally:
         restore(tensors, details, model, optimizer, scaler, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # training starts with the memory that a probe had
     if largest == 0:
         raise SettingsError(
             "--adjust_batch_size: not even one sequence fits in memory; "

@@ -12,7 +12,6 @@ checksum and made again. A training batch is one gather from the memory map.
 `sample` is made by this project's generator (sample_documents.py) and is no real Wikipedia; numbers from it say so.
 """
 
-import codecs
 import gzip
 import hashlib
 import io
@@ -22,13 +21,15 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from tqdm import tqdm
 
@@ -54,6 +55,7 @@ class Source:
     """Where documents come from: `identity` names them for the cache, `read` yields their texts."""
 
     name: str
+    flag: str  # the setting that chose it, with its value, for error sentences
     description: str
     generated: bool
     identity: dict[str, Any]
@@ -65,6 +67,7 @@ def sample_source(count: int) -> Source:
     code = hashlib.sha256(Path(sample_documents.__file__).read_bytes()).hexdigest()
     return Source(
         "sample",
+        "--dataset_name sample",
         f"{count:,} generated documents (built-in sample, no real text)",
         True,
         {"generator": code},
@@ -83,21 +86,31 @@ def plwiki_source() -> Source:
         ) from None
 
     def read() -> Iterator[str]:
+        problem = "--dataset_name plwiki could not be downloaded from SpeakLeash"
         try:
             found = Speakleash(str(Path(".cache") / "speakleash"), lang="pl").get("plwiki")
-        except Exception as error:  # the package raises whatever its HTTP client does
-            raise SettingsError(f"--dataset_name plwiki could not be downloaded: {error}") from None
-        if found is None:
-            raise SettingsError("--dataset_name plwiki: SpeakLeash's list of data sets has no plwiki")
+            documents = None if found is None else found.ext_data
+        except Exception as error:  # the package passes on whatever its HTTP client raises
+            raise SettingsError(f"{problem}: {' '.join(str(error).split())[:200]}") from None
+        if documents is None:  # what the package returns where a download failed
+            raise SettingsError(f"{problem}; is there a network?")
         with_quality = 0
-        for text, meta in found.ext_data:
+        iterator = iter(documents)
+        while True:
+            try:
+                text, meta = next(iterator)
+            except StopIteration:
+                break
+            except Exception as error:
+                raise SettingsError(f"{problem}: {' '.join(str(error).split())[:200]}") from None
             with_quality += "quality" in meta
             if meta.get("quality") == "HIGH":
                 yield text
         if not with_quality:
             raise SettingsError("--dataset_name plwiki: its documents carry no quality class, so none can be chosen")
 
-    return Source("plwiki", "plwiki by SpeakLeash, quality HIGH", False, {"speakleash": "plwiki HIGH"}, read)
+    description = "plwiki by SpeakLeash, quality HIGH"
+    return Source("plwiki", "--dataset_name plwiki", description, False, {"speakleash": "plwiki HIGH"}, read)
 
 
 def plwiki_hf_source() -> Source:
@@ -114,9 +127,8 @@ def plwiki_hf_source() -> Source:
                 f"--dataset_name plwiki_hf could not be loaded from the hub: {' '.join(str(error).split())[:300]}"
             ) from None
 
-    return Source(
-        "plwiki_hf", "wikimedia/wikipedia 20231101.pl", False, {"hub": "wikimedia/wikipedia 20231101.pl"}, read
-    )
+    description = "wikimedia/wikipedia 20231101.pl"
+    return Source("plwiki_hf", "--dataset_name plwiki_hf", description, False, {"hub": description}, read)
 
 
 def file_type(path: Path) -> str | None:
@@ -132,12 +144,10 @@ def open_decompressed(path: Path) -> Iterator[io.BufferedIOBase]:
     """Open a plain, .gz, .xz or .zst file for reading bytes."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        import zstandard
-
-        opener: Any = zstandard.open
+        opener: Any = partial(pyarrow.input_stream, compression="zstd")  # unlike others, it reports a missing end
     else:
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
-    with opener(path, "rb") as file:
+        opener = partial({".gz": gzip.open, ".xz": lzma.open}.get(suffix, open), mode="rb")
+    with opener(str(path)) as file:
         yield file
 
 
@@ -157,13 +167,14 @@ def read_file(path: Path, *, whole: bool) -> Iterator[str]:
                 text = file.read().decode("utf-8-sig")
                 yield from [text] if whole else (block for block in text.replace("\r\n", "\n").split("\n\n"))
             elif file_type(path) == ".jsonl":
-                for number, line in enumerate(codecs.getreader("utf-8-sig")(file), start=1):
+                for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"), start=1):
                     if not line.strip():
                         continue
                     try:
                         row = json.loads(line)
+                        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
                     except ValueError:
-                        raise SettingsError(f"{name}: line {number} is not JSON") from None
+                        raise SettingsError(f"{name}: line {number} is not JSON that holds text") from None
                     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                         raise SettingsError(f"{name}: line {number} has no field `text` that holds text")
                     yield row["text"]
@@ -173,15 +184,10 @@ def read_file(path: Path, *, whole: bool) -> Iterator[str]:
         raise SettingsError(f"{name}: bytes near {error.start} are not UTF-8 ({error.reason})") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise SettingsError(f"{name} cannot be read: {' '.join(str(error).split())}") from None
-    except Exception as error:
-        if type(error).__name__ != "ZstdError":
-            raise
-        raise SettingsError(f"{name} cannot be read: {error}") from None
 
 
 def read_parquet(name: str, file: Any, *, compressed: bool) -> Iterator[str]:
     """Yield the column `text` of a parquet file."""
-    import pyarrow
     from pyarrow import parquet
 
     try:
@@ -214,7 +220,8 @@ def local_source(path_text: str) -> Source:
     for file in files:
         try:
             with file.open("rb") as opened:
-                identity[str(file.relative_to(path))] = hashlib.file_digest(opened, "sha256").hexdigest()
+                name = str(file.relative_to(path)) if path.is_dir() else file.name
+                identity[name] = hashlib.file_digest(opened, "sha256").hexdigest()
         except OSError as error:
             raise SettingsError(f"--dataset_path: {file} cannot be read: {error.strerror}") from None
 
@@ -223,7 +230,8 @@ def local_source(path_text: str) -> Source:
             yield from read_file(file, whole=path.is_dir())
 
     names = ", ".join(file.name for file in files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
-    return Source("local files", f"local files: {names}", False, {"files": identity, "folder": path.is_dir()}, read)
+    identity = {"files": identity, "folder": path.is_dir()}
+    return Source("local files", f"--dataset_path {path}", f"local files: {names}", False, identity, read)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -260,6 +268,8 @@ def load_pretrained_tokenizer(name: str) -> TextTokenizer:
     if tokenizer.eos_token_id is None:
         raise SettingsError(f"--tokenizer {name} has no end-of-text token")
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.encode_special_tokens = True  # "</s>" in a document is text, not an end of text
 
     def encode(texts: list[str]) -> list[list[int]]:
         if backend is not None:  # all cores, and no copy of offsets and masks
@@ -268,7 +278,8 @@ def load_pretrained_tokenizer(name: str) -> TextTokenizer:
 
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return TextTokenizer(f"transformers {name} (sha256 {digest[:12]})", len(tokenizer), tokenizer.eos_token_id, encode)
+    end = tokenizer.eos_token_id
+    return TextTokenizer(f"transformers {name} (sha256 {digest[:12]}, end of text {end})", len(tokenizer), end, encode)
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> Any:
@@ -290,6 +301,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> Any:
 
 def wrap_bpe(tokenizer: Any) -> TextTokenizer:
     """A tokenizer of `train_bpe` as a TextTokenizer."""
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not an end of text
     return TextTokenizer(
         f"byte-level BPE trained on the training split, {tokenizer.get_vocab_size():,} entries",
         tokenizer.get_vocab_size(),
@@ -356,7 +368,7 @@ def load_text_data(
     split_seed: int = 0,
     tokenizer_type: str = "bpe",
     tokenizer: str | None = None,
-    vocab_size: int = 4096,
+    vocab_size: int = 2048,
     cache_folder: str = ".cache/tokens",
     progress: bool = True,
 ) -> TextData:
@@ -365,7 +377,7 @@ def load_text_data(
     Args:
         dataset_name: sample (the default), plwiki or plwiki_hf.
         dataset_path: a file or folder instead of a named data set.
-        max_documents: at most this many (default: 3,000 of sample, 100,000 of plwiki and plwiki_hf, else all).
+        max_documents: at most this many (default: 2,000 of sample, 100,000 of plwiki and plwiki_hf, else all).
         split_seed: decides which documents are in which split.
         tokenizer_type: "bpe" trains one on the training split; "transformers" loads `tokenizer`.
         tokenizer: hub name or folder for "transformers".
@@ -381,9 +393,11 @@ def load_text_data(
     if dataset_path is None and dataset_name not in DATASET_NAMES:
         raise SettingsError(f"--dataset_name {dataset_name} is unknown; choose one of {', '.join(DATASET_NAMES)}")
     if max_documents is None and dataset_path is None:
-        max_documents = 3_000 if dataset_name == "sample" else 100_000
+        max_documents = 2_000 if dataset_name == "sample" else 100_000
     if max_documents is not None and max_documents < 3:
         raise SettingsError("--max_documents must be at least 3, one for each split")
+    if split_seed < 0:
+        raise SettingsError(f"--split_seed must be at least 0, not {split_seed}")
     if tokenizer_type == "bpe" and tokenizer is not None:
         raise SettingsError("--tokenizer has no effect with --tokenizer_type bpe; use --tokenizer_type transformers")
     if tokenizer_type == "bpe" and vocab_size < 257:
@@ -456,7 +470,8 @@ def read_cache(folder: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["made_by"] == made_by and all(
+        whole = meta.pop("crc32") == checksum_of(meta) and meta["made_by"] == made_by
+        if whole and all(
             zlib.crc32((folder / name).read_bytes()) == checksum for name, checksum in meta["checksums"].items()
         ):
             return meta
@@ -465,6 +480,11 @@ def read_cache(folder: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
     print(f"token cache {folder} is damaged or foreign: making it again")
     shutil.rmtree(folder, ignore_errors=True)
     return None
+
+
+def checksum_of(meta: dict[str, Any]) -> int:
+    """CRC-32 of a cache's own description."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def split_documents(count: int, seed: int) -> dict[str, np.ndarray]:
@@ -503,7 +523,7 @@ def build_cache(
     )
     if len(documents) < 3:
         raise SettingsError(
-            f"{source.description}: {len(documents)} documents with text, but at least 3 are needed, one for each split"
+            f"{source.flag}: {len(documents)} documents with text, but at least 3 are needed, one for each split"
         )
     split = split_documents(len(documents), split_seed)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
@@ -537,8 +557,9 @@ def build_cache(
         np.save(temporary / "document_lengths.npy", lengths)
         for file in sorted(temporary.iterdir()):
             meta["checksums"][file.name] = zlib.crc32(file.read_bytes())
+        meta["crc32"] = checksum_of(meta)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        if not folder.exists():  # another process may have been faster; its files are the same
+        with suppress(OSError):  # another process may have been faster; its files are the same
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -575,7 +596,7 @@ class Settings:
         "bpe", "bpe: trained on the training split; transformers: --tokenizer", ["bpe", "transformers"]
     )
     tokenizer: str | None = setting(None, f"hub name or folder (default {DEFAULT_TOKENIZER})")
-    vocab_size: int = setting(4096, "entries of the BPE, the most any tokenizer may have")
+    vocab_size: int = setting(2048, "entries of the BPE, the most any tokenizer may have")
     cache_folder: str = setting(".cache/tokens", "where token files are kept")
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import plot
 import utils
 from attention import BACKENDS, FULL, choose_flash_backend, observe_kernel, parse_window, unsupported_reason
-from batch_size import METHODS, Probe, find_batch_size, is_out_of_memory, set_memory_budget
+from batch_size import METHODS, Probe, find_batch_size, is_out_of_memory, set_memory_budget, use_expandable_segments
 from dataset import DATASET_NAMES, DEFAULT_TOKENIZER, TextData, TokenSplit, load_text_data
 from memory_tracker import MemoryTracker
 from precision import AUTOCAST_DTYPES, PRECISIONS, autocast, make_scaler, set_precision
@@ -60,7 +60,7 @@ class Settings:
     embedding_dim: int | None = setting(None, "width (default: by model_size)")
     num_heads: int | None = setting(None, "attention heads (default: by model_size)")
     context_length: int | None = setting(None, "tokens in a sequence (default: 256, tiny 128)")
-    vocab_size: int | None = setting(None, "entries of embedding, head and trained BPE (default: 32000, tiny 4096)")
+    vocab_size: int | None = setting(None, "entries of embedding, head and trained BPE (default: 32000, tiny 2048)")
     dropout: float = setting(0.0, "dropout of embeddings, attention weights and both branches of a block")
 
     # techniques
@@ -80,6 +80,7 @@ class Settings:
     batch_size_search: str | None = setting(None, "grow by a quarter only, or bisect then (default)", METHODS)
     max_batch_size: int | None = setting(None, "upper bound of the search")
     memory_budget_gib: float | None = setting(None, "play a card of this size (no GPU: half the free memory)")
+    expandable_segments: bool = setting(True, "CUDA allocator that does not fragment; false is PyTorch's default")
     tokens_per_update: int | None = setting(None, "tokens of an optimizer step, by accumulation (default: one batch)")
 
     # data
@@ -180,8 +181,9 @@ def make_plan(settings: Settings) -> Plan:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise SettingsError(f"--{name} must be above 0, not {value}")
-    if not settings.weight_decay >= 0:
-        raise SettingsError(f"--weight_decay must be at least 0, not {settings.weight_decay}")
+    for name in ("weight_decay", "seed", "split_seed"):
+        if not getattr(settings, name) >= 0:
+            raise SettingsError(f"--{name} must be at least 0, not {getattr(settings, name)}")
     for name in ("batch_size_search", "max_batch_size"):
         if getattr(settings, name) is not None and not settings.adjust_batch_size:
             raise SettingsError(f"--{name} has no effect without --adjust_batch_size true")
@@ -193,6 +195,11 @@ def make_plan(settings: Settings) -> Plan:
         raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
 
     notes = []
+    if settings.optimizer == "adam" and settings.weight_decay > 0:
+        notes.append(
+            f"adam adds weight_decay {settings.weight_decay} to the gradient (L2), as the seed lab did, which holds "
+            "learning back; --optimizer adamw decays the weights instead"
+        )
     device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     half = settings.use_flash_attention or settings.use_fp16
     precision = settings.precision or ("bf16" if half else "fp32")
@@ -542,6 +549,8 @@ class Training:
             "tracked_steps": len({row["step"] for row in self.tracker.rows if row["phase"] == "training_step"}),
             "peak_allocated_gib": step.get("peak_allocated_gib"),
             "peak_reserved_gib": step.get("peak_reserved_gib") or None,
+            # How often the allocator had to give memory back and ask again: above 0 the batch is near the limit.
+            "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"] if self.tracker.cuda else None,
             "peak_phase": max(phases, key=lambda name: phases[name]["peak_allocated_gib"], default=None),
         }
 
@@ -592,6 +601,8 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
             settings=asdict(settings),
             precision=plan.precision,
             batch_size=plan.batch_size,
+            expandable_segments=plan.device.type == "cuda"
+            and any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()),
             memory_budget_gib=plan.capacity_gib if settings.adjust_batch_size else settings.memory_budget_gib,
             model_size=plan.model_size,
             model=asdict(plan.model),
@@ -641,13 +652,16 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
         **training.memory_headline(),
     }
     if outcome == "signal":
-        run.update(status="interrupted", results=results)
-        print(f"interrupted after step {training.step}; go on with: python llm_train.py --resume {run.path}")
-        return stop.exit_status
+        run.update(results=results)
+        raise Interrupted
 
     split = data.splits[settings.evaluate_on]
-    with training.tracker.step(training.step), training.tracker.phase("evaluation"):
-        metrics = evaluate(training.model, split, training.batch_size, plan.precision, plan.device, stop)
+    try:
+        with training.tracker.step(training.step), training.tracker.phase("evaluation"):
+            metrics = evaluate(training.model, split, training.batch_size, plan.precision, plan.device, stop)
+    except Interrupted:
+        training.save()  # nothing is left to train, but the metrics can be had with --resume
+        raise
     results |= {f"{settings.evaluate_on}_{name}": value for name, value in metrics.items()}
     run.update(status="ok", stopped_by=outcome, finished_at=now(), results=results)
     title = f"{data.description['description']}; {data.tokenizer['description']}"
@@ -678,7 +692,12 @@ def main() -> int:
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if settings.expandable_segments:
+        use_expandable_segments(plan.device)
     set_memory_budget(plan.device, settings.memory_budget_gib)
+    name = settings.run_name or default_run_name(settings, plan)
+    if run is None and settings.run_name and (Path(settings.output_folder) / settings.experiment / name).exists():
+        raise SettingsError(f"--run_name {name}: that folder already exists in {settings.experiment}; choose another")
     data = load_text_data(
         dataset_name=settings.dataset_name,
         dataset_path=settings.dataset_path,
@@ -691,22 +710,21 @@ def main() -> int:
     )
     check_corpus(data, plan, settings)
     if run is None:
-        name = settings.run_name or default_run_name(settings, plan)
         run = RunFolder.create(settings.output_folder, settings.experiment, name, unique=settings.run_name is None)
     with StopRequest() as stop:
         try:
             return run_training(settings, plan, data, run, stop)
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             run.update(status="interrupted")
-            print("interrupted outside the training loop; the last checkpoint, if any, is in the run folder")
+            saved = (run.path / "checkpoint").exists()
+            print(f"interrupted; go on with: python llm_train.py --resume {run.path}" if saved else "interrupted")
+            print(json.dumps({"run": str(run.path), "status": "interrupted"}))
             return stop.exit_status
-        except SettingsError as error:
-            run.update(status="error", error=str(error))
-            raise
-        except (RuntimeError, MemoryError, FloatingPointError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             status = "oom" if is_out_of_memory(error) else "error"
-            run.update(status=status, error=reason)
+            if run.info.get("status") == "running":  # a resumed run keeps its status if it fails before it goes on
+                run.update(status=status, error=reason)
             if status == "error" and not isinstance(error, FloatingPointError):
                 raise
     if status == "oom":

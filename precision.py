@@ -5,7 +5,7 @@
 
 fp32   everything in 32 bits, tensor cores off: the reference.
 tf32   32-bit tensors; matrix products read 10 bits of mantissa. Saves no memory, only time (Ampere and newer).
-bf16   autocast: matrix products and attention in bfloat16 (8 bits of mantissa, fp32's range), norms, softmax and loss in
+bf16   autocast: matrix products and attention in bfloat16 (8 bits of mantissa, fp32's range), norms, softmax, loss in
        fp32, parameters and optimizer states stay fp32. Saved activations shrink by about half; autocast adds a
        16-bit copy of every weight it multiplies with (2 bytes a parameter).
 fp16   autocast with float16 (11 bits of mantissa, small range): gradients need a scaler that skips steps on overflow.

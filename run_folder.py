@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -46,7 +47,8 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 class RunFolder:
@@ -61,15 +63,16 @@ class RunFolder:
         """Make a new folder. With `unique` a taken name gets -2, -3, ...; without it, a taken name is an error."""
         parent = Path(output_folder) / experiment
         path, number = parent / run_name, 2
-        while path.exists() and unique:
-            path, number = parent / f"{run_name}-{number}", number + 1
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            raise SettingsError(f"--run_name {run_name}: {path} already exists; choose another name") from None
-        except OSError as error:
-            raise SettingsError(f"--output_folder: {path} cannot be made: {error.strerror}") from None
-        return cls(path)
+        while True:
+            try:
+                path.mkdir(parents=True)
+                return cls(path)
+            except FileExistsError:
+                if not unique:
+                    raise SettingsError(f"--run_name {run_name}: {path} already exists; choose another name") from None
+                path, number = parent / f"{run_name}-{number}", number + 1
+            except OSError as error:
+                raise SettingsError(f"--output_folder: {path} cannot be made: {error.strerror}") from None
 
     @classmethod
     def open(cls, path: str) -> "RunFolder":
@@ -103,11 +106,11 @@ class RunFolder:
         if steps.exists():
             kept = [line for line in steps.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in kept if json.loads(line)["step"] <= step]
-            write_atomically(steps, "".join(line + "\n" for line in kept))
-        if memory.exists():
+            self._write(lambda: write_atomically(steps, "".join(line + "\n" for line in kept)))
+        if memory.exists() and memory.stat().st_size:
             header, *rows = memory.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in rows if row.count(",") == header.count(",") and int(row.split(",")[0]) <= step]
-            write_atomically(memory, "".join(line + "\n" for line in [header, *kept]))
+            rows = [row for row in rows if row.count(",") == header.count(",") and int(row.split(",")[0]) <= step]
+            self._write(lambda: write_atomically(memory, "".join(line + "\n" for line in [header, *rows])))
 
     def _write(self, action: Callable[[], None]) -> None:
         try:
@@ -144,9 +147,11 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 2)
         if device.type == "cuda"
         else None,
+        "cpu_threads": torch.get_num_threads(),  # sums on a CPU depend on it in the last bit
         "python_version": platform.python_version(),
         "torch_version": torch.__version__,
         "cuda_version": torch.version.cuda if device.type == "cuda" else None,
+        "allocator_settings": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF"),
         "flash_attn_version": version("flash-attn"),
         "transformers_version": version("transformers"),
         # GIT_COMMIT tells it where the code was copied without its repository (a container, a job on another machine).
@@ -239,8 +244,8 @@ class StepLog:
                 {
                     "step": step,
                     "tokens": step * self.tokens_per_update,
-                    "loss": loss,
-                    "perplexity": float(np.exp(min(loss, 700.0))),
+                    "loss": loss if np.isfinite(loss) else None,  # JSON has no NaN
+                    "perplexity": float(np.exp(min(loss, 700.0))) if np.isfinite(loss) else None,
                     "step_ms": round(step_ms, 4),
                     "data_ms": round(data_ms, 4),
                     "tokens_per_s": round(tokens_per_s, 1),

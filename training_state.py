@@ -10,6 +10,7 @@ The format is safetensors (tensors and a JSON header): loading it executes nothi
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def restore(
     optimizer.load_state_dict({"state": states, "param_groups": details["param_groups"]})
     optimizer.zero_grad(set_to_none=True)
     scaler.load_state_dict(details["scaler"])
+    if scaler.is_enabled():
+        scaler._per_optimizer_states.clear()  # a step that ran out of memory halfway left its "already unscaled" here
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], device)
@@ -81,6 +84,8 @@ def save_state(path: Path, tensors: dict[str, torch.Tensor], details: dict[str, 
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in path.parent.glob(f"{path.name}.tmp-*"):
+            left_by_a_kill.unlink()
         save_file(tensors, temporary, metadata={"details": json.dumps(details)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -97,7 +102,8 @@ def save_state(path: Path, tensors: dict[str, torch.Tensor], details: dict[str, 
             "free space or change --output_folder"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -21,11 +21,11 @@ from utils import SettingsError, parse_settings, run_script, setting
 # layers, width, heads, context, vocabulary
 MODEL_SIZES = {
     "tiny": {
-        "num_layers": 4,
+        "num_layers": 2,
         "embedding_dim": 128,
         "num_heads": 4,
         "context_length": 128,
-        "vocab_size": 4096,
+        "vocab_size": 2048,
     },
     "gpt2": {
         "num_layers": 12,

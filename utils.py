@@ -62,9 +62,9 @@ def parse_settings(
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise SettingsError(f"--config {path} cannot be read as YAML: {reason}") from None
-        unknown = sorted(set(content) - known) if isinstance(content, dict) else ["(not a mapping)"]
+        unknown = sorted(map(str, set(content) - known)) if isinstance(content, dict) else ["(not a mapping)"]
         if unknown:
-            raise SettingsError(f"--config {path} has unknown settings: {', '.join(map(str, unknown))}")
+            raise SettingsError(f"--config {path} has unknown settings: {', '.join(unknown)}")
         # YAML values go through the same conversion as a flag's text, so a wrong type is caught in the same way.
         words = [f"--{name}={value}" for name, value in content.items() if value is not None]
         defaults |= {name: getattr(parser.parse_args(words), name) for name in content}

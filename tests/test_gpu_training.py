@@ -97,6 +97,13 @@ def test_the_cards_command_under_a_budget(tmp_path, cache):
     assert 3 < result["peak_reserved_gib"] <= 4
 
 
+@pytest.mark.parametrize("flag", ["true", "false"])
+def test_the_allocator_is_the_one_asked_for(tmp_path, cache, flag):
+    result = run(tmp_path, cache, "--expandable_segments", flag, "--max_steps", "2", "--max_documents", "300")
+    info = json.loads((tmp_path / result["run"] / "run.json").read_text())
+    assert info["expandable_segments"] is (flag == "true")
+
+
 def test_flash_attention_in_fp32_is_an_error_that_says_why(tmp_path, cache):
     result = subprocess.run(
         command(tmp_path, cache, "--use_flash_attention", "true", "--precision", "fp32"), capture_output=True, text=True
