@@ -395,6 +395,7 @@ class Training:
         self.batch_size = plan.batch_size
         self.step = 0
         self.seconds = 0.0  # of training alone, earlier processes included
+        self.retries_before = 0
         self.epoch, self.order = -1, np.zeros(0, dtype=np.int64)
 
     @property
@@ -472,6 +473,7 @@ class Training:
     def train(self, log: StepLog) -> str:
         """Train until the steps are done, the time is up or a signal came; returns done, time or signal."""
         settings, earlier, begin = self.settings, self.seconds, time.perf_counter()
+        self.retries_before = self.alloc_retries()  # those of the search are no news
         saved = flushed = begin
         limit = 60 * (settings.max_training_minutes or float("inf"))
         save_after = 60 * (settings.checkpoint_every_minutes or float("inf"))
@@ -540,6 +542,10 @@ class Training:
             self.model(inputs)
         return observer.name
 
+    def alloc_retries(self) -> int:
+        """The CUDA allocator's count since the process began; 0 without a GPU."""
+        return torch.cuda.memory_stats()["num_alloc_retries"] if self.tracker.cuda else 0
+
     def memory_headline(self) -> dict[str, float | str | None]:
         """Peaks of a step in GiB, and the phase that is the peak."""
         summary = self.tracker.summary()
@@ -550,7 +556,7 @@ class Training:
             "peak_allocated_gib": step.get("peak_allocated_gib"),
             "peak_reserved_gib": step.get("peak_reserved_gib") or None,
             # How often the allocator had to give memory back and ask again: above 0 the batch is near the limit.
-            "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"] if self.tracker.cuda else None,
+            "alloc_retries": self.alloc_retries() - self.retries_before if self.tracker.cuda else None,
             "peak_phase": max(phases, key=lambda name: phases[name]["peak_allocated_gib"], default=None),
         }
 

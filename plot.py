@@ -161,12 +161,13 @@ def caption(runs: Sequence[Run], counts: Sequence[float | None], unit: str) -> s
         return [prefix + ", ".join(different[:5] + ["..."] * (len(different) > 5))] if different else []
 
     datasets = [run.info.get("dataset") or {} for run in runs]
-    names = [f"{d.get('name')} (generated)" if d.get("generated") else d.get("name") for d in datasets]
+    names = [d.get("description") if d.get("name") == "local files" else d.get("name") for d in datasets]
+    names = [f"{name} (generated)" if d.get("generated") else name for name, d in zip(names, datasets, strict=True)]
     facts = listed("", [run.info.get("device_name") for run in runs])
     facts += listed("", [setting(run, "precision") for run in runs])
     facts += listed("batch ", [setting(run, "batch_size") for run in runs])
     facts += listed("context ", [setting(run, "context_length") for run in runs])
-    facts += listed("data ", names)
+    facts += listed("data: ", names)
     known = [int(count) for count in counts if count]
     if known:
         low, high = min(known), max(known)
@@ -238,8 +239,8 @@ def loss_figure(run: Run) -> Figure:
 
 def memory_figure(run: Run) -> Figure:
     """Start and peak allocated GiB of each phase, the maximum over the measured steps of memory.csv."""
-    count = len({row.get("step") for row in run.memory})
-    figure, ax = run_figure("Memory per phase", run, count, "measured steps (maximum)")
+    count = len({row.get("step") for row in run.memory if row["phase"] == "training_step"})
+    figure, ax = run_figure("Memory per phase", run, count or len(run.memory), "tracked steps (maximum)")
     ax.set(xlabel="phase of a training step", ylabel="memory (GiB)")
     if not run.memory:
         return figure

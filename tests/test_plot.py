@@ -206,7 +206,7 @@ def test_memory_bars_are_the_maximum_over_steps_and_mark_the_peak_phase(run_fold
     assert [bar.get_hatch() for bar in ax.patches].index("//") == len(PHASES) + 3
     assert ax.lines[0].get_ydata()[0] == pytest.approx(1.08 * 44.9)
     assert {"peak phase: backward pass", "reserved peak 48.49 GiB", "memory (GiB)", "44.90"} <= set(texts(figure))
-    assert "n = 5 measured steps" in figure.get_suptitle()
+    assert "n = 5 tracked steps" in figure.get_suptitle()
 
 
 def test_memory_on_a_cpu_has_no_reserved_line_and_finds_the_peak_phase_itself(run_folder):
