@@ -440,7 +440,8 @@ class Training:
             ids = torch.randint(self.plan.model.vocab_size, shape, device=self.device, generator=generator)
             batch = (ids[:, :-1], ids[:, 1:])
             batches = [batch, batch] if update > batch_size else [batch]  # gradients of the first lie beside the second
-            for _ in range(3):
+            # The first step makes the optimizer's states, the second has them; a GPU's allocator settles in the third.
+            for _ in range(2 if self.device.type == "cpu" else 3):
                 training_step(self.model, self.optimizer, self.scaler, batches, self.plan.precision, silent)
             sum_of_losses(self.model, *batch, self.plan.precision)
 
@@ -592,8 +593,20 @@ def check_corpus(data: TextData, plan: Plan, settings: Settings) -> None:
 def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest) -> Training:
     """Build the training; write the beginning of run.json, or, if it is there, go on from the run's checkpoint."""
     resumed = bool(run.info)
-    if resumed and run.info["dataset"]["cache_key"] != data.description["cache_key"]:
-        raise SettingsError(f"--resume {settings.resume}: the text or tokenizer is not the one of that run")
+    meant = {
+        "device": plan.device.type,
+        "precision": plan.precision,
+        "model": json.loads(json.dumps(asdict(plan.model))),
+    }
+    if resumed:
+        if run.info["dataset"]["cache_key"] != data.description["cache_key"]:
+            raise SettingsError(f"--resume {settings.resume}: the text or tokenizer is not the one of that run")
+        for name, value in meant.items():
+            if run.info[name] != value:
+                raise SettingsError(
+                    f"--resume {settings.resume}: that run had {name} {run.info[name]}, here its settings mean {value}; "
+                    "go on with it on a machine like the one it began on"
+                )
     training = Training(settings, plan, data, run, stop)
     if resumed:
         training.load()
@@ -605,13 +618,12 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
             run_name=run.path.name,
             **describe_environment(plan.device),
             settings=asdict(settings),
-            precision=plan.precision,
+            **meant,
             batch_size=plan.batch_size,
             expandable_segments=plan.device.type == "cuda"
             and any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()),
             memory_budget_gib=plan.capacity_gib if settings.adjust_batch_size else settings.memory_budget_gib,
             model_size=plan.model_size,
-            model=asdict(plan.model),
             parameters=count_parameters(training.model),
             attention_kernel=training.observe_attention_kernel(),
             dataset=data.description,

@@ -1071,3 +1071,21 @@ def test_run_file(base):
     assert f"parameters: {info['parameters']:,}" in (base.path / "model_summary.txt").read_text()
     assert base.last_line == {"run": str(base.path), "status": "ok", **base.results}
     assert "on generated text" in base.stdout  # a loss on the sample is never passed off as a real one
+
+
+def test_resume_on_another_machine(train, monkeypatch):
+    """`auto` means another model there: one sentence, and the run's folder stays as it was."""
+    run = train(checkpoint_every_minutes=60)
+    before = (run.path / "run.json").read_text()
+    make_plan = llm_train.make_plan
+
+    def elsewhere(settings):
+        plan = make_plan(settings)
+        plan.precision = "bf16"
+        return plan
+
+    monkeypatch.setattr(llm_train, "make_plan", elsewhere)
+    monkeypatch.setattr("sys.argv", ["llm_train.py", "--resume", str(run.path)])
+    with pytest.raises(llm_train.SettingsError, match="that run had precision fp32"):
+        llm_train.main()
+    assert (run.path / "run.json").read_text() == before
