@@ -593,11 +593,8 @@ def check_corpus(data: TextData, plan: Plan, settings: Settings) -> None:
 def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest) -> Training:
     """Build the training; write the beginning of run.json, or, if it is there, go on from the run's checkpoint."""
     resumed = bool(run.info)
-    meant = {
-        "device": plan.device.type,
-        "precision": plan.precision,
-        "model": json.loads(json.dumps(asdict(plan.model))),
-    }
+    model = json.loads(json.dumps(asdict(plan.model)))  # as run.json holds it
+    meant = {"device": plan.device.type, "precision": plan.precision, "model": model}
     if resumed:
         if run.info["dataset"]["cache_key"] != data.description["cache_key"]:
             raise SettingsError(f"--resume {settings.resume}: the text or tokenizer is not the one of that run")

@@ -79,6 +79,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     except SettingsError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def device_name(device: torch.device) -> str:
