@@ -601,8 +601,8 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
         for name, value in meant.items():
             if run.info[name] != value:
                 raise SettingsError(
-                    f"--resume {settings.resume}: that run had {name} {run.info[name]}, here its settings mean {value}; "
-                    "go on with it on a machine like the one it began on"
+                    f"--resume {settings.resume}: that run had {name} {run.info[name]}, here its settings "
+                    f"mean {value}; go on with it on a machine like the one it began on"
                 )
     training = Training(settings, plan, data, run, stop)
     if resumed:
