@@ -16,8 +16,9 @@ two techniques keep --tokens_per_update and --max_steps equal.
 
 import json
 import os
+import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class Settings:
     precision: str | None = setting(None, "default: fp32, or bf16 with flash attention", PRECISIONS)
     use_fp16: bool = setting(False, "the seed lab's name for BF16 autocast; the same as --precision bf16")
     use_gradient_checkpointing: bool = setting(False, "keep only each block's input, recompute the rest")
-    optimizer: str = setting("adam", "adam (decay as L2) or adamw (decoupled; fused on a GPU)", ["adam", "adamw"])
+    optimizer: str = setting("adamw", "adamw (fused on a GPU), or adam with the decay as L2", ["adamw", "adam"])
     learning_rate: float = setting(0.0005, "constant learning rate")
     weight_decay: float = setting(0.1, "weight decay")
 
@@ -179,11 +180,15 @@ def make_plan(settings: Settings) -> Plan:
     """
     for name in MUST_BE_POSITIVE:
         value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise SettingsError(f"--{name} must be above 0, not {value}")
+        if value is not None and not 0 < value < float("inf"):
+            raise SettingsError(f"--{name} must be above 0 and finite, not {value}")
     for name in ("weight_decay", "seed", "split_seed"):
-        if not getattr(settings, name) >= 0:
-            raise SettingsError(f"--{name} must be at least 0, not {getattr(settings, name)}")
+        if not 0 <= getattr(settings, name) < 2**63:
+            raise SettingsError(f"--{name} must be at least 0 and below 2^63, not {getattr(settings, name)}")
+    for name in ("experiment", "run_name"):
+        value = getattr(settings, name)
+        if value is not None and (value in ("", ".", "..") or Path(value).name != value or len(value) > 200):
+            raise SettingsError(f"--{name} must be one folder name of at most 200 characters, not '{value[:80]}'")
     for name in ("batch_size_search", "max_batch_size"):
         if getattr(settings, name) is not None and not settings.adjust_batch_size:
             raise SettingsError(f"--{name} has no effect without --adjust_batch_size true")
@@ -197,8 +202,8 @@ def make_plan(settings: Settings) -> Plan:
     notes = []
     if settings.optimizer == "adam" and settings.weight_decay > 0:
         notes.append(
-            f"adam adds weight_decay {settings.weight_decay} to the gradient (L2), as the seed lab did, which holds "
-            "learning back; --optimizer adamw decays the weights instead"
+            f"adam adds weight_decay {settings.weight_decay} to the gradient (L2), which can hold learning back: "
+            "compare the perplexity with the unigram's; --optimizer adamw decays the weights instead"
         )
     device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     half = settings.use_flash_attention or settings.use_fp16
@@ -221,6 +226,13 @@ def make_plan(settings: Settings) -> Plan:
         attention_window=window,
         use_gradient_checkpointing=settings.use_gradient_checkpointing,
     )
+    if window != FULL and not (window[1] == 0 and 0 <= window[0] < model.context_length - 1):
+        raise SettingsError(
+            f"--attention_window {settings.attention_window} would hide nothing that the causal mask shows: use LEFT,0 "
+            f"with LEFT below {model.context_length - 1} (context length - 1)"
+        )
+    if device.type == "cpu" and not settings.expandable_segments:
+        raise SettingsError("--expandable_segments false has no effect without a GPU; leave it out")
     dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
     if settings.use_flash_attention:
         if precision in ("fp32", "tf32") and device.type == "cuda":
@@ -278,12 +290,20 @@ def default_run_name(settings: Settings, plan: Plan) -> str:
         parts.append("window-({},{})".format(*plan.model.attention_window))
     if settings.use_gradient_checkpointing:
         parts.append("gradient-checkpointing")
+    if settings.optimizer != "adamw":
+        parts.append(settings.optimizer)
+    if settings.dropout:
+        parts.append(f"dropout-{settings.dropout}")
+    if settings.deterministic:
+        parts.append("deterministic")
     parts.append("batch-max" if settings.adjust_batch_size else f"batch-{plan.batch_size}")
+    if settings.tokens_per_update:
+        parts.append(f"update-{settings.tokens_per_update}")
     return "-".join([plan.model_size, *parts])
 
 
 def make_optimizer(settings: Settings, model: TransformerLM, device: torch.device) -> torch.optim.Optimizer:
-    """Adam as in the seed lab, or AdamW, which runs as one fused kernel on a GPU."""
+    """AdamW, which runs as one fused kernel on a GPU, or Adam with L2, as the seed lab names its optimizer."""
     options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **options, fused=device.type == "cuda")
@@ -369,6 +389,12 @@ def evaluate(
     }
 
 
+def unigram_perplexity(train: TokenSplit, split: TokenSplit, vocab_size: int) -> float:
+    """The control of every perplexity: a model without context, the training split's token counts plus one."""
+    counts = np.bincount(train.tokens, minlength=vocab_size) + 1
+    return float(np.exp(-np.log(counts / counts.sum())[split.tokens[1:]].mean()))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------------------------
@@ -396,6 +422,7 @@ class Training:
         self.step = 0
         self.seconds = 0.0  # of training alone, earlier processes included
         self.retries_before = 0
+        self.measured_before: dict = {}
         self.epoch, self.order = -1, np.zeros(0, dtype=np.int64)
 
     @property
@@ -488,7 +515,7 @@ class Training:
                     break
                 if fetch - saved >= save_after:
                     self.flush(log, bar)
-                    self.save()
+                    self.save(log)
                     saved = fetch = time.perf_counter()
 
                 self.step += 1
@@ -522,10 +549,16 @@ class Training:
             bar.set_postfix(shown | ({} if peak is None else {"peak GiB": f"{peak:.2f}"}))
         return row
 
-    def save(self) -> None:
+    def measured(self, log: StepLog) -> dict:
+        """Headline numbers of time and memory: this process's, or an earlier one's that timed more steps."""
+        now_measured = {**log.headline(), **self.memory_headline()}
+        return max(self.measured_before, now_measured, key=lambda numbers: numbers.get("timed_steps", -1))
+
+    def save(self, log: StepLog) -> None:
         """Keep the training state in checkpoint/state.safetensors."""
         tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
         details |= {"step": self.step, "seconds": self.seconds, "batch_size": self.batch_size}
+        details |= {"measured": self.measured(log)}
         save_state(self.run.path / "checkpoint" / "state.safetensors", tensors, details)
 
     def load(self) -> None:
@@ -533,6 +566,7 @@ class Training:
         tensors, details = load_state(self.run.path / "checkpoint" / "state.safetensors")
         restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
         self.step, self.seconds, self.batch_size = details["step"], details["seconds"], details["batch_size"]
+        self.measured_before = details["measured"]
         self.run.drop_rows_after(self.step)
 
     def observe_attention_kernel(self) -> str:
@@ -607,7 +641,8 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
     training = Training(settings, plan, data, run, stop)
     if resumed:
         training.load()
-        run.update(status="running", resumed_at=[*run.info.get("resumed_at", []), now()])
+        here = {name: value for name, value in describe_environment(plan.device).items() if run.info.get(name) != value}
+        run.update(status="running", resumed=[*run.info.get("resumed", []), here])  # when, and what was different
     else:
         run.update(
             status="running",
@@ -656,15 +691,14 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
     )
     outcome = training.train(log)
     if outcome != "done" or settings.checkpoint_every_minutes:
-        training.save()
+        training.save(log)
     results = {
         "batch_size": training.batch_size,
         "tokens_per_update": log.tokens_per_update,
         "steps": training.step,
         "epochs": round(training.step / training.steps_per_epoch, 4),
         "training_minutes": round(training.seconds / 60, 4),
-        **log.headline(),
-        **training.memory_headline(),
+        **training.measured(log),
     }
     if outcome == "signal":
         run.update(results=results)
@@ -675,8 +709,9 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
         with training.tracker.step(training.step), training.tracker.phase("evaluation"):
             metrics = evaluate(training.model, split, training.batch_size, plan.precision, plan.device, stop)
     except Interrupted:
-        training.save()  # nothing is left to train, but the metrics can be had with --resume
+        training.save(log)  # nothing is left to train, but the metrics can be had with --resume
         raise
+    metrics["unigram_perplexity"] = unigram_perplexity(data.splits["train"], split, plan.model.vocab_size)
     results |= {f"{settings.evaluate_on}_{name}": value for name, value in metrics.items()}
     run.update(status="ok", stopped_by=outcome, finished_at=now(), results=results)
     title = f"{data.description['description']}; {data.tokenizer['description']}"
@@ -684,6 +719,8 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
     plot.plot_run(run.path)
 
     print(training.tracker.table())
+    if results["alloc_retries"]:
+        print(f"the allocator ran short {results['alloc_retries']} times: a smaller batch may be faster")
     if results["timed_steps"]:
         mfu = "" if results["mfu"] is None else f", MFU {100 * results['mfu']:.1f} % of {training.peak_tflops} TFLOP/s"
         print(
@@ -692,8 +729,9 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
         )
     generated = " on generated text" if data.description["generated"] else ""
     print(
-        f"{settings.evaluate_on} loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f} per token, "
-        f"{metrics['bits_per_byte']:.4f} bits per byte{generated}; results in {run.path}"
+        f"{settings.evaluate_on} loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f} per token "
+        f"(without context: {metrics['unigram_perplexity']:.2f}), {metrics['bits_per_byte']:.4f} bits per byte"
+        f"{generated}; results in {run.path}"
     )
     print(json.dumps({"run": str(run.path), "status": "ok", **results}))
     return 0
@@ -738,8 +776,15 @@ def main() -> int:
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             status = "oom" if is_out_of_memory(error) else "error"
-            if run.info.get("status") == "running":  # a resumed run keeps its status if it fails before it goes on
-                run.update(status=status, error=reason)
+            if isinstance(error, OSError):
+                error = SettingsError(f"writing to {run.path} failed ({reason}); free space or change --output_folder")
+            if not (run.path / "run.json").exists():
+                shutil.rmtree(run.path, ignore_errors=True)  # nothing has begun: leave no half-made folder
+            elif run.info.get("status") == "running":  # a resumed run keeps its status if it fails before it goes on
+                with suppress(SettingsError):  # where the disk is full, the first error is the one to report
+                    run.update(status=status, error=reason)
+            if isinstance(error, SettingsError):
+                raise error from None
             if status == "error" and not isinstance(error, FloatingPointError):
                 raise
     if status == "oom":

@@ -84,6 +84,8 @@ class RunFolder:
             raise SettingsError(f"--resume {path}: there is no run.json in that folder") from None
         except (OSError, ValueError) as error:
             raise SettingsError(f"--resume {path}: its run.json cannot be read: {error}") from None
+        if not isinstance(folder.info, dict) or not isinstance(folder.info.get("settings"), dict):
+            raise SettingsError(f"--resume {path}: its run.json holds no settings, so it is no run of this lab")
         return folder
 
     def update(self, **fields: Any) -> None:

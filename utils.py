@@ -62,7 +62,9 @@ def parse_settings(
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise SettingsError(f"--config {path} cannot be read as YAML: {reason}") from None
-        unknown = sorted(map(str, set(content) - known)) if isinstance(content, dict) else ["(not a mapping)"]
+        unknown = (
+            sorted(map(str, set(content) - (known - {"config"}))) if isinstance(content, dict) else ["(not a mapping)"]
+        )
         if unknown:
             raise SettingsError(f"--config {path} has unknown settings: {', '.join(unknown)}")
         # YAML values go through the same conversion as a flag's text, so a wrong type is caught in the same way.
