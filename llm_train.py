@@ -648,9 +648,8 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
             status="running",
             experiment=settings.experiment,
             run_name=run.path.name,
-            **describe_environment(plan.device),
+            **(describe_environment(plan.device) | meant),
             settings=asdict(settings),
-            **meant,
             batch_size=plan.batch_size,
             expandable_segments=plan.device.type == "cuda"
             and any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()),

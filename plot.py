@@ -38,7 +38,6 @@ COMPARISONS = {
         ("timed_steps", "timed steps"),
         [
             ("time per training step (ms)\nmedian; black line: 20th to 80th percentile", ["step_ms_median"]),
-            ("tokens per second", ["tokens_per_s"]),
             ("training time (minutes)", ["training_minutes"]),
         ],
     ),

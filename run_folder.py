@@ -144,6 +144,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {
         "argv": sys.argv,
+        "device": device.type,
         "device_name": device_name(device),
         "device_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 2)
         if device.type == "cuda"

@@ -14,14 +14,17 @@ from utils import parse_settings
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = {  # run folder -> first cell
-    "gpt2-fp32-eager-batch-125": "fp32, textbook attention",
+    "gpt2-fp32-eager-batch-125": "fp32, textbook attention, Adam",
     "gpt2-fp32-eager-gradient-checkpointing-batch-125": "the same with gradient checkpointing",
-    "gpt2-bf16-eager-batch-125": "bf16, textbook attention",
-    "gpt2-bf16-sdpa-batch-125": "bf16, PyTorch's `sdpa` (it picked cuDNN)",
-    "gpt2-bf16-flash_attn-batch-125": "bf16, flash-attn",
+    "gpt2-bf16-eager-batch-125": "bf16, textbook attention, Adam",
+    "gpt2-bf16-sdpa-batch-125": "bf16, PyTorch's `sdpa` (it picked cuDNN), Adam",
+    "gpt2-bf16-flash_attn-batch-125": "bf16, flash-attn, Adam",
     "gpt2-bf16-flash_attn-window-(64,0)-batch-125": "the same with a window of 64",
+    "gpt2-bf16-flash_attn-adam-no-decay-batch-125": "bf16, flash-attn, Adam without weight decay",
     "gpt2-bf16-flash_attn-adamw-batch-125": "bf16, flash-attn, fused AdamW",
-    "gpt2-bf16-flash_attn-batch-max": "bf16, flash-attn, largest batch",
+    "gpt2-bf16-flash_attn-4-epochs-batch-125": "the same, 4 epochs",
+    "gpt2-bf16-flash_attn-batch-max": "bf16, flash-attn, fused AdamW, largest batch",
+    "gpt2-bf16-flash_attn-default-allocator-batch-max": "the same with PyTorch's default allocator",
 }
 HEADER = (
     "| run | batch | forward | loss | backward | optimizer | peak reserved | step ms (20th-80th percentile) | tokens/s "
@@ -34,7 +37,12 @@ def results_table() -> str:
     lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
     for folder, label in ROWS.items():
         path = ROOT / "outputs" / "llm" / folder
-        results = json.loads((path / "run.json").read_text())["results"]
+        info = json.loads((path / "run.json").read_text())
+        if info["status"] != "ok":
+            cells = [label, str(info["batch_size"]), info["status"], *["-"] * (HEADER.count(" | ") - 2)]
+            lines.append("| " + " | ".join(cells) + " |")
+            continue
+        results = info["results"]
         rows = [line.split(",") for line in (path / "memory.csv").read_text().splitlines()]
         peaks = [
             f"{max(float(row[3]) for row in rows if row[1] == phase):.1f}"
