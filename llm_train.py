@@ -55,7 +55,7 @@ class Settings:
     """Every setting is a constant here and a flag; `--config FILE.yaml` sets several."""
 
     # model
-    model_type: str = setting("transformer", "this script's one model; a flag of the seed lab", ["transformer"])
+    model_type: str = setting("transformer", "this script's one model; a flag of the plwiki lab", ["transformer"])
     model_size: str = setting("auto", "auto is gpt2 (134 M) with a GPU and tiny without", ["auto", *MODEL_SIZES])
     num_layers: int | None = setting(None, "blocks (default: by model_size)")
     embedding_dim: int | None = setting(None, "width (default: by model_size)")
@@ -69,7 +69,7 @@ class Settings:
     attention_backend: str | None = setting(None, "attention kernel by name (default: sdpa)", BACKENDS)
     attention_window: str | None = setting(None, "keys seen before and after, such as 64,0 (default: all)")
     precision: str | None = setting(None, "default: fp32, or bf16 with flash attention", PRECISIONS)
-    use_fp16: bool = setting(False, "the seed lab's name for BF16 autocast; the same as --precision bf16")
+    use_fp16: bool = setting(False, "the plwiki lab's name for BF16 autocast; the same as --precision bf16")
     use_gradient_checkpointing: bool = setting(False, "keep only each block's input, recompute the rest")
     optimizer: str = setting("adamw", "adamw (fused on a GPU), or adam with the decay as L2", ["adamw", "adam"])
     learning_rate: float = setting(0.0005, "constant learning rate")
@@ -210,7 +210,7 @@ def make_plan(settings: Settings) -> Plan:
     precision = settings.precision or ("bf16" if half else "fp32")
     if settings.use_fp16:
         notes.append(
-            "--use_fp16 is the seed lab's name for BF16 autocast: this run is bf16 (real fp16: --precision fp16)"
+            "--use_fp16 is the plwiki lab's name for BF16 autocast: this run is bf16 (real fp16: --precision fp16)"
         )
     set_precision(precision, device)
 
@@ -303,7 +303,7 @@ def default_run_name(settings: Settings, plan: Plan) -> str:
 
 
 def make_optimizer(settings: Settings, model: TransformerLM, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, which runs as one fused kernel on a GPU, or Adam with L2, as the seed lab names its optimizer."""
+    """AdamW, which runs as one fused kernel on a GPU, or Adam with L2, as the plwiki lab names its optimizer."""
     options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **options, fused=device.type == "cuda")

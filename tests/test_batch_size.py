@@ -69,7 +69,7 @@ def test_bisect_finds_the_exact_largest_size_under_a_budget(limit, start):
     assert (limit + 1, "oom") in [(probe.batch_size, probe.status) for probe in probes]
 
 
-def test_grow_follows_the_grid_of_the_seed_lab():
+def test_grow_follows_the_grid_of_the_plwiki_lab():
     run = Run()
     largest, probes = run.search(limit_bytes=run.peak_bytes(310), method="grow")
     assert [probe.batch_size for probe in probes] == [64, 80, 100, 125, 156, 195, 243, 303, 378]

@@ -86,7 +86,7 @@ def test_loading_data_costs_less_than_2_percent_of_a_step(tmp_path, cache):
     assert result["data_ms_median"] < 0.02 * result["step_ms_median"]
 
 
-def test_the_cards_command_under_a_budget(tmp_path, cache):
+def test_flash_attention_at_the_largest_batch_under_a_budget(tmp_path, cache):
     flags = ["--use_flash_attention", "true", "--adjust_batch_size", "true", "--memory_budget_gib", "4"]
     result = run(tmp_path, cache, *flags, "--max_steps", "10")
     rows = (

@@ -188,10 +188,10 @@ def as_before() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-# --- The card's command -----------------------------------------------------------------------------------------------
+# --- Flash attention and the largest batch ----------------------------------------------------------------------------
 
 
-def test_command_of_the_card(workplace):
+def test_flash_attention_at_the_largest_batch(workplace):
     """In a process of its own, with its pictures."""
     changes = {
         "memory_budget_gib": 0.004,

@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 OPTIMIZERS = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, amsgrad=True),
+    "fused adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
 }
 
