@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 import attention
 import dataset
+import llm_plan
 import llm_train
 import run_folder
 import training_state
@@ -503,7 +504,7 @@ WRONG = {  # settings, what the sentence names
     "no settings file": ({"config": "{files}/none.yaml"}, "--config"),
     "plwiki without its package": ({"dataset_name": "plwiki"}, "uv sync --extra plwiki"),
 }
-WRONG |= {f"{name} 0": ({name: 0}, f"--{name} must be above 0") for name in llm_train.MUST_BE_POSITIVE}
+WRONG |= {f"{name} 0": ({name: 0}, f"--{name} must be above 0") for name in llm_plan.MUST_BE_POSITIVE}
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -1,0 +1,190 @@
+"""What the settings of llm_train.py mean on this machine: every check of them, and what they leave open.
+
+Device, precision, attention kernel, model shape, batch size and memory budget are decided here, before anything is
+loaded or written, so that llm_train.py itself reads as settings, step, loop and results.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from attention import FULL, choose_flash_backend, parse_window, unsupported_reason
+from dataset import TextData
+from precision import AUTOCAST_DTYPES, set_precision
+from transformer_based_llm import MODEL_SIZES, ModelConfig, model_config
+from utils import GIB, SettingsError
+
+MUST_BE_POSITIVE = (
+    "batch_size", "max_batch_size", "memory_budget_gib", "tokens_per_update", "epochs", "max_steps", "log_every",
+    "max_training_minutes", "checkpoint_every_minutes", "learning_rate", "tracked_steps", "measured_steps",
+)  # fmt: skip
+
+
+@dataclass
+class Plan:
+    """What the settings mean on this machine."""
+
+    device: torch.device
+    precision: str
+    model: ModelConfig
+    model_size: str
+    batch_size: int
+    capacity_gib: float  # of the GPU or the budget
+    limit_bytes: int | None  # budget for live tensors without a GPU; on a GPU the allocator keeps it
+    notes: list[str]
+
+
+def make_plan(settings: Any) -> Plan:
+    """Check the settings against each other and this machine, and fill in what they leave open.
+
+    Raises:
+        SettingsError: values out of range, settings that exclude each other or have no effect, kernels that cannot run.
+    """
+    for name in MUST_BE_POSITIVE:
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise SettingsError(f"--{name} must be above 0 and finite, not {value}")
+    for name in ("weight_decay", "seed", "split_seed"):
+        if not 0 <= getattr(settings, name) < 2**63:
+            raise SettingsError(f"--{name} must be at least 0 and below 2^63, not {getattr(settings, name)}")
+    for name in ("experiment", "run_name"):
+        value = getattr(settings, name)
+        if value is not None and (value in ("", ".", "..") or Path(value).name != value or len(value) > 200):
+            raise SettingsError(f"--{name} must be one folder name of at most 200 characters, not '{value[:80]}'")
+    for name in ("batch_size_search", "max_batch_size"):
+        if getattr(settings, name) is not None and not settings.adjust_batch_size:
+            raise SettingsError(f"--{name} has no effect without --adjust_batch_size true")
+    if settings.use_flash_attention and settings.attention_backend is not None:
+        raise SettingsError("--use_flash_attention true and --attention_backend exclude each other; give one of them")
+    if settings.use_fp16 and settings.precision not in (None, "bf16"):
+        raise SettingsError(f"--use_fp16 true means bf16 and contradicts --precision {settings.precision}; give one")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
+
+    notes = []
+    if settings.optimizer == "adam" and settings.weight_decay > 0:
+        notes.append(
+            f"adam adds weight_decay {settings.weight_decay} to the gradient (L2), which can hold learning back: "
+            "compare the perplexity with the unigram's; --optimizer adamw decays the weights instead"
+        )
+    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    half = settings.use_flash_attention or settings.use_fp16
+    precision = settings.precision or ("bf16" if half else "fp32")
+    if settings.use_fp16:
+        notes.append(
+            "--use_fp16 is the plwiki lab's name for BF16 autocast: this run is bf16 (real fp16: --precision fp16)"
+        )
+    set_precision(precision, device)
+
+    model_size = settings.model_size
+    if model_size == "auto":
+        model_size = "gpt2" if device.type == "cuda" else "tiny"
+    window = parse_window(settings.attention_window)
+    shape = {name: getattr(settings, name) for name in MODEL_SIZES[model_size]}
+    model = model_config(
+        model_size,
+        **shape,
+        dropout=settings.dropout,
+        attention_window=window,
+        use_gradient_checkpointing=settings.use_gradient_checkpointing,
+    )
+    if window != FULL and not (window[1] == 0 and 0 <= window[0] < model.context_length - 1):
+        raise SettingsError(
+            f"--attention_window {settings.attention_window} would hide nothing that the causal mask shows: use LEFT,0 "
+            f"with LEFT below {model.context_length - 1} (context length - 1)"
+        )
+    if device.type == "cpu" and not settings.expandable_segments:
+        raise SettingsError("--expandable_segments false has no effect without a GPU; leave it out")
+    dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
+    if settings.use_flash_attention:
+        if precision in ("fp32", "tf32") and device.type == "cuda":
+            raise SettingsError(
+                f"--use_flash_attention true with --precision {precision}: flash kernels exist for bf16 and fp16 "
+                "only; leave --precision out or use bf16"
+            )
+        backend = choose_flash_backend(device, dtype, window, model.head_dim)
+        notes.append(f"--use_flash_attention: attention_backend {backend}")
+        if backend != "flash_attn":
+            notes[-1] += f" ({unsupported_reason('flash_attn', device, dtype, window, model.head_dim)})"
+    else:
+        backend = settings.attention_backend or "sdpa"
+        reason = unsupported_reason(backend, device, dtype, window, model.head_dim)
+        if reason is not None:
+            raise SettingsError(f"--attention_backend {backend} cannot run here: {reason}")
+        if backend == "eager" and window != FULL:
+            notes.append(
+                "eager attention computes all scores and masks them: this window changes the result, saves nothing"
+            )
+    model = model_config(model_size, **(asdict(model) | {"attention_backend": backend}))
+
+    if settings.tokens_per_update is not None and settings.tokens_per_update % model.context_length:
+        raise SettingsError(
+            f"--tokens_per_update {settings.tokens_per_update} is not a multiple of the context length "
+            f"{model.context_length}"
+        )
+    batch_size = settings.batch_size or (8 if model_size == "tiny" else 64)
+    if settings.tokens_per_update is not None and batch_size * model.context_length > settings.tokens_per_update:
+        if settings.batch_size is not None:
+            raise SettingsError(
+                f"--batch_size {batch_size} x {model.context_length} tokens is more than --tokens_per_update "
+                f"{settings.tokens_per_update}; lower one or raise the other"
+            )
+        batch_size = settings.tokens_per_update // model.context_length
+    if settings.max_batch_size is not None and batch_size > settings.max_batch_size:
+        if settings.batch_size is not None:
+            raise SettingsError(f"--batch_size {batch_size} is above --max_batch_size {settings.max_batch_size}")
+        batch_size = settings.max_batch_size
+    capacity = settings.memory_budget_gib
+    if device.type == "cuda":
+        limit_bytes = None
+        capacity = capacity or torch.cuda.get_device_properties(device).total_memory / GIB
+    else:
+        free = psutil.virtual_memory().available / GIB
+        capacity = capacity or (free / 2 if settings.adjust_batch_size else None)
+        limit_bytes = None if capacity is None else int(capacity * GIB)
+    return Plan(device, precision, model, model_size, batch_size, capacity or free, limit_bytes, notes)
+
+
+def default_run_name(settings: Any, plan: Plan) -> str:
+    """The techniques of a run, such as tiny-bf16-flash_attn-window-(64,0)-batch-125."""
+    parts = [plan.precision, plan.model.attention_backend]
+    if plan.model.attention_window != FULL:
+        parts.append("window-({},{})".format(*plan.model.attention_window))
+    if settings.use_gradient_checkpointing:
+        parts.append("gradient-checkpointing")
+    if settings.optimizer != "adamw":
+        parts.append(settings.optimizer)
+    if settings.dropout:
+        parts.append(f"dropout-{settings.dropout}")
+    if settings.deterministic:
+        parts.append("deterministic")
+    parts.append("batch-max" if settings.adjust_batch_size else f"batch-{plan.batch_size}")
+    if settings.tokens_per_update:
+        parts.append(f"update-{settings.tokens_per_update}")
+    return "-".join([plan.model_size, *parts])
+
+
+def check_corpus(data: TextData, plan: Plan, settings: Any) -> None:
+    """Raise unless the training split fills an update and the split for the metrics has something to predict."""
+    context_length = plan.model.context_length
+    windows = data.splits["train"].num_windows(context_length)
+    if windows < 1 or len(data.splits[settings.evaluate_on].tokens) < 2:
+        raise SettingsError(
+            f"{data.description['description']}: shorter than one context of {context_length} tokens after the "
+            "80/10/10 split; use more text or a smaller --context_length"
+        )
+    tokens = settings.tokens_per_update or plan.batch_size * context_length
+    if tokens // context_length <= windows:
+        return
+    if settings.batch_size is None and settings.tokens_per_update is None:
+        plan.batch_size = windows
+        plan.notes.append(f"the training split has only {windows} sequences: batch size {windows}")
+        return
+    flag = "tokens_per_update" if settings.tokens_per_update else "batch_size"
+    raise SettingsError(
+        f"--{flag} asks for {tokens // context_length} sequences an update, but the training split has only {windows}; "
+        f"lower --{flag} or use more text"
+    )
