@@ -59,8 +59,8 @@ def use_expandable_segments(device: torch.device) -> None:
     """Let PyTorch's CUDA allocator grow one segment instead of collecting many of fixed sizes.
 
     With fixed segments a batch near the limit may run in a probe and fail in training, or the other way round, by the
-    luck of which sizes were asked for before: on an 80 GB card a size that had run failed in its second training step
-    with 12.9 GiB reserved but unusable. Call it before the first allocation. Where PYTORCH_CUDA_ALLOC_CONF is set, the
+    luck of which sizes were asked for before: on an 80 GB card a size that had run failed in training with 12.7 GiB
+    reserved but unusable. Call it before the first allocation. Where PYTORCH_CUDA_ALLOC_CONF is set, the
     allocator stays as it says (https://docs.pytorch.org/docs/stable/notes/cuda.html).
     """
     if device.type == "cuda" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
