@@ -1,7 +1,8 @@
-"""Attention behind one function: the textbook form, PyTorch's fused kernels and the flash-attn package.
+"""Attention behind one function: the textbook form, PyTorch's fused kernels, flash-attn, varlen and flex attention.
 
-    python attention.py                          what can run on this machine, what cannot and why, and a small table
+    python attention.py                          what runs here, what cannot and why, then a 20-second table
     python attention.py --context_length 2048    longer sequences
+    python attention_benchmark.py                the whole comparison, with controls
 
 Textbook attention writes the scores of every query with every key: layers x heads x context bytes a token, 6 times over
 under autocast (an fp32 softmax and its 16-bit copy), which grows with the square of the context. A fused kernel
@@ -10,15 +11,16 @@ token. It computes the same function.
 
 A window (left, right) lets query i see the keys i - left ... i + right, both ends included, so (64, 0) is 65 keys. Over
 a fused kernel a window saves compute and no memory at all, and only where it skips whole tiles of 128: at a context of
-256 a window of 64 skips none. It needs a kernel made for it: `flash_attn`. `eager` masks the scores it holds anyway and
-serves as the reference; PyTorch's scaled_dot_product_attention has no window, and a mask in its place would switch its
-flash kernel off, so asking for one is an error here.
+256 a window of 64 skips none. It needs a kernel made for it: `flash_attn`, `varlen` (part of PyTorch) or `flex`.
+`eager` masks the scores it holds anyway and serves as the reference; PyTorch's scaled_dot_product_attention has no
+window, and a mask in its place would switch its flash kernel off, so asking for one is an error here.
+
+Which backend runs where, and what `auto` picks, is in `attention_support.py`.
 
 Sources: Dao 2023, FlashAttention-2, arXiv 2307.08691; Beltagy et al. 2020, Longformer, arXiv 2004.05150 (windows).
 """
 
 import functools
-import importlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,110 +29,57 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.attention import sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
+from attention_support import (
+    BACKENDS,
+    FLASH_IMPLEMENTATIONS,
+    FULL,
+    SDPA_KERNELS,
+    WINDOWED,
+    WITHOUT_DROPOUT,
+    choose_backend,
+    flash_attn_error,
+    flash_attn_wheel,
+    unsupported_reason,
+    window_refusal,
+)
+from batch_size import is_out_of_memory
 from memory_tracker import MemoryTracker
-from utils import SettingsError, parse_settings, percentile, run_script, setting
+from run_folder import StepClock
+from utils import SettingsError, device_name, parse_settings, percentile, run_script, setting
 
-BACKENDS = ("eager", "sdpa", "sdpa_flash", "flash_attn")
-FULL = (-1, -1)  # no window: every key that the causal rule allows
-INSTALL_FLASH_ATTN = "install it with `uv sync --extra flash` (Linux, NVIDIA GPU, CUDA 12 or newer)"
-
-
-@functools.cache
-def flash_attn_error() -> str | None:
-    """Why the flash-attn package cannot be imported with its kernels; None if it can."""
-    try:
-        importlib.import_module("flash_attn_2_cuda")
-        importlib.import_module("flash_attn.flash_attn_interface")
-    except ImportError as error:
-        return f"flash-attn is not installed with its kernels ({' '.join(str(error).split())}); {INSTALL_FLASH_ATTN}"
-    return None
+# --------------------------------------------------------------------------------------------------------------------
+# One definition of causal and window
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def unsupported_reason(
-    backend: str, device: torch.device, dtype: torch.dtype, window: tuple[int, int] = FULL, head_dim: int = 64
-) -> str | None:
-    """Why a backend cannot run on this device with these tensors; None if it can.
-
-    Args:
-        backend: one of BACKENDS.
-        device: where the tensors lie.
-        dtype: of q, k and v as they reach the kernel (under autocast: the autocast type).
-        window: (left, right) as defined above; -1 is unlimited.
-        head_dim: width of a head.
-    """
-    if window != FULL and backend in ("sdpa", "sdpa_flash"):
-        return f"attention_window needs attention_backend flash_attn; {backend} has no window"
-    half = dtype in (torch.bfloat16, torch.float16)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if backend == "sdpa_flash" and device.type == "cuda":
-        if not half:
-            return f"PyTorch's flash kernel runs in bf16 or fp16, not {dtype}; change --precision"
-        if capability < (8, 0):
-            return f"PyTorch's flash kernel needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-        if head_dim > 256:
-            return f"PyTorch's flash kernel takes heads up to 256 wide, not {head_dim}"
-    if backend == "flash_attn":
-        if device.type != "cuda":
-            return "flash-attn needs an NVIDIA GPU"
-        if flash_attn_error() is not None:
-            return flash_attn_error()
-        if capability < (8, 0):
-            return f"flash-attn needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-        if not half:
-            return f"flash-attn's kernels run in bf16 or fp16, not {dtype}; change --precision"
-        if head_dim > 256 or head_dim % 8:
-            return f"flash-attn takes heads up to 256 wide in steps of 8, not {head_dim}"
-    return None
-
-
-def choose_flash_backend(device: torch.device, dtype: torch.dtype, window: tuple[int, int], head_dim: int) -> str:
-    """What `--use_flash_attention true` means here: flash-attn if it can run, else PyTorch's own flash kernel.
-
-    Raises:
-        SettingsError: neither can run; the sentence holds both reasons.
-    """
-    reasons = []
-    for backend in ("flash_attn", "sdpa_flash"):
-        reason = unsupported_reason(backend, device, dtype, window, head_dim)
-        if reason is None:
-            return backend
-        reasons.append(reason)
-    raise SettingsError(f"--use_flash_attention true cannot run here: {'; '.join(reasons)}")
-
-
-def parse_window(text: str | None) -> tuple[int, int]:
-    """Read "64,0" as (64, 0); None is no window.
-
-    Raises:
-        SettingsError: not two whole numbers from -1 (unlimited) up.
-    """
-    if text is None:
-        return FULL
-    try:
-        left, right = (int(part) for part in text.strip("() ").split(","))
-    except ValueError:
-        left = right = -2
-    if left < -1 or right < -1:
-        raise SettingsError(f"--attention_window {text} is not two whole numbers from -1 up such as 64,0")
-    return left, right
+def visible_keys(query: torch.Tensor, key: torch.Tensor, causal: bool, window: tuple[int, int]) -> torch.Tensor:
+    """Whether the query at one position sees the key at another; positions broadcast against each other."""
+    left, right = window
+    distance = query - key
+    seen = distance == distance
+    if causal or right >= 0:
+        seen = seen & (distance >= -(0 if causal else right))
+    if left >= 0:
+        seen = seen & (distance <= left)
+    return seen
 
 
 @functools.lru_cache(maxsize=8)
 def score_bias(
     tokens: int, causal: bool, window: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """(tokens, tokens): 0 where query (row) sees key (column), -inf elsewhere; one definition of causal and window."""
-    distance = torch.arange(tokens, device=device)[:, None] - torch.arange(tokens, device=device)[None, :]
-    left, right = window
-    hidden = torch.zeros(tokens, tokens, dtype=torch.bool, device=device)
-    if causal or right >= 0:
-        hidden |= distance < -(0 if causal else right)
-    if left >= 0:
-        hidden |= distance > left
+    """(tokens, tokens): 0 where query (row) sees key (column), -inf elsewhere."""
+    place = torch.arange(tokens, device=device)
+    hidden = ~visible_keys(place[:, None], place[None, :], causal, window)
     return torch.zeros(tokens, tokens, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The backends: q, k, v (batch, tokens, heads, head_dim) to an output of the same shape
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def eager_attention(
@@ -157,6 +106,108 @@ def eager_attention(
     return output.transpose(1, 2)  # (batch, tokens, heads, head_dim)
 
 
+def _sdpa(backend, q, k, v, causal, dropout_p, softmax_scale):
+    """PyTorch's scaled_dot_product_attention, with one kernel forced unless `backend` is sdpa."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, tokens, head_dim)
+    if backend == "sdpa":
+        output = F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, scale=softmax_scale)
+    else:
+        with sdpa_kernel(SDPA_KERNELS[backend]):
+            output = F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, scale=softmax_scale)
+    return output.transpose(1, 2)  # (batch, tokens, heads, head_dim)
+
+
+def _flash_attn(q, k, v, causal, window, dropout_p, softmax_scale):
+    from flash_attn import flash_attn_func
+
+    # Reproducible runs ask for it; the price is a slower backward pass at long contexts.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window,
+        deterministic=deterministic,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _sequence_starts(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """(batch + 1,): where each sequence begins when all lie one after another, as varlen kernels want it."""
+    return torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)
+
+
+def _varlen(q, k, v, causal, window, softmax_scale):
+    """torch.nn.attention.varlen on equal lengths; its (left, 0) is a causal window."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, tokens, heads, head_dim = q.shape
+    starts = _sequence_starts(batch, tokens, q.device)
+    q, k, v = (x.reshape(batch * tokens, heads, head_dim) for x in (q, k, v))
+    window = (window[0], 0) if causal else window
+    output = varlen_attn(q, k, v, starts, starts, tokens, tokens, scale=softmax_scale, window_size=window)
+    return output.view(batch, tokens, heads, head_dim)
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # One kernel for each shape and mask; after 8 of them PyTorch would give up by default.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+@functools.lru_cache(maxsize=16)
+def flex_block_mask(tokens: int, causal: bool, window: tuple[int, int], device: torch.device):
+    """The tiles of 128 that flex attention works on and their mask; None where every query sees every key."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if not causal and window == FULL:
+        return None
+
+    def mask(batch, head, query, key):
+        return visible_keys(query, key, causal, window)
+
+    return create_block_mask(mask, None, None, tokens, tokens, device=device)
+
+
+def _flex(q, k, v, causal, window, softmax_scale):
+    block_mask = flex_block_mask(q.shape[1], causal, window, q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, tokens, head_dim)
+    observers = _get_current_dispatch_mode_stack()
+    if observers:
+        # A compiled function cannot run under a dispatch mode (observe_kernel, the tensor counter without a GPU): the
+        # modes are off inside and see the output only.
+        for observer in observers:
+            if isinstance(observer, KernelObserver):
+                observer.kernels.add("flex_attention (compiled)")
+        with _disable_current_modes():
+            output = _compiled_flex()(q, k, v, block_mask=block_mask, scale=softmax_scale)
+    else:
+        output = _compiled_flex()(q, k, v, block_mask=block_mask, scale=softmax_scale)
+    return output.transpose(1, 2)  # (batch, tokens, heads, head_dim)
+
+
+def _use_flash_implementation(wanted: str | None) -> None:
+    """Make PyTorch's flash operators run FlashAttention-3 ("FA3") or -4 ("FA4"), or its own kernel (None)."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if current == wanted:
+        return
+    if wanted is None:
+        torch.nn.attention.restore_flash_attention_impl()
+    else:
+        torch.nn.attention.activate_flash_attention_impl(wanted)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The seam: every model of the lab calls one of these two functions
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -171,73 +222,146 @@ def attention(
     """softmax(q k^T x scale) v with one layout for every backend.
 
     Args:
-        q, k, v: (batch, tokens, heads, head_dim), the same number of tokens.
-        backend: one of BACKENDS; it runs or raises, nothing else is put in its place.
+        q, k, v: (batch, tokens, heads, head_dim), all three of one shape.
+        backend: one of BACKENDS, which runs or raises (nothing else is put in its place), or auto, which takes what
+            `choose_backend` says. `observe_kernel` tells the caller which kernel ran.
         causal: a query sees no later key.
         window: (left, right) keys before and after; -1 is unlimited.
         dropout_p: probability of dropping an attention weight (pass 0 in evaluation).
         softmax_scale: 1 / sqrt(head_dim) if None.
 
     Returns:
-        (batch, tokens, heads, head_dim), in the dtype of q (eager under autocast: the autocast type).
+        (batch, tokens, heads, head_dim), in the dtype of q (eager and SDPA under autocast: the autocast type).
 
     Raises:
-        SettingsError: an unknown backend, or a window that the backend does not have.
+        SettingsError: an unknown backend or one that cannot run here with these tensors: reason and remedy.
     """
-    if backend == "eager":
-        return eager_attention(q, k, v, causal, window, dropout_p, softmax_scale)
-    if backend == "flash_attn":
-        from flash_attn import flash_attn_func
+    if q.shape != k.shape or q.shape != v.shape or q.dim() != 4:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise SettingsError(f"attention wants q, k and v of one shape (batch, tokens, heads, head_dim), not {shapes}")
+    if backend == "auto":
+        backend = _auto(q, (q, k, v), causal, window, dropout_p, packed=False)
+    if window != FULL and backend in BACKENDS and backend not in WINDOWED:
+        raise SettingsError(window_refusal(backend))
+    if dropout_p > 0 and backend in WITHOUT_DROPOUT:
+        raise SettingsError(unsupported_reason(backend, q.device, q.dtype, window, q.shape[-1], dropout_p=dropout_p))
+    try:
+        if backend == "eager":
+            return eager_attention(q, k, v, causal, window, dropout_p, softmax_scale)
+        if backend == "flash_attn":
+            return _flash_attn(q, k, v, causal, window, dropout_p, softmax_scale)
+        if backend == "flex":
+            return _flex(q, k, v, causal, window, softmax_scale)
+        if backend == "sdpa" or backend in SDPA_KERNELS or backend == "varlen":
+            _use_flash_implementation(None)
+            if backend == "varlen":
+                return _varlen(q, k, v, causal, window, softmax_scale)
+            return _sdpa(backend, q, k, v, causal, dropout_p, softmax_scale)
+        if backend in FLASH_IMPLEMENTATIONS:
+            _use_flash_implementation(FLASH_IMPLEMENTATIONS[backend][0])
+            if window != FULL:
+                return _varlen(q, k, v, causal, window, softmax_scale)
+            return _sdpa("sdpa_flash", q, k, v, causal, dropout_p, softmax_scale)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
+        # Only now, when it went wrong, is it worth the time to find out why.
+        reason = _refusal(backend, q, k, v, causal, window, dropout_p)
+        if reason is None:
+            raise
+        raise SettingsError(f"attention_backend {backend} cannot run here: {reason}") from error
+    raise SettingsError(f"attention_backend {backend} is unknown; choose one of auto, {', '.join(BACKENDS)}")
 
-        # Reproducible runs ask for it; the price is a slower backward pass at long contexts.
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return flash_attn_func(
-            q,
-            k,
-            v,
-            dropout_p=dropout_p,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window,
-            deterministic=deterministic,
-        )
-    if backend not in ("sdpa", "sdpa_flash"):
-        raise SettingsError(f"attention_backend {backend} is unknown; choose one of {', '.join(BACKENDS)}")
-    if window != FULL:
-        raise SettingsError(f"attention_window needs attention_backend flash_attn; {backend} has no window")
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, tokens, head_dim)
-    arguments = {"dropout_p": dropout_p, "is_causal": causal, "scale": softmax_scale}
-    if backend == "sdpa_flash":
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            output = F.scaled_dot_product_attention(q, k, v, **arguments)
-    else:
-        output = F.scaled_dot_product_attention(q, k, v, **arguments)
-    return output.transpose(1, 2)  # (batch, tokens, heads, head_dim)
 
-
-def packed_attention(qkv: torch.Tensor, *, backend: str, **options: Any) -> torch.Tensor:
+def packed_attention(
+    qkv: torch.Tensor,
+    *,
+    backend: str,
+    causal: bool = True,
+    window: tuple[int, int] = FULL,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
     """`attention` on one tensor (batch, tokens, 3, heads, head_dim), as one linear layer makes it.
 
-    flash-attn has a kernel for this layout that writes one gradient tensor instead of three that must be joined; every
-    other backend gets views of the three parts. Options and result as in `attention`.
+    flash-attn has a kernel for this layout that writes one gradient tensor; for every other backend autograd joins the
+    three gradients, a copy of 12 bytes read and written for each of heads x head_dim x tokens in 16 bits. Options and
+    result as in `attention`.
     """
-    if backend == "flash_attn":
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise SettingsError(f"packed_attention wants (batch, tokens, 3, heads, head_dim), not {tuple(qkv.shape)}")
+    if backend == "auto":
+        backend = _auto(qkv, (qkv,), causal, window, dropout_p, packed=True)
+    if backend == "flash_attn" and flash_attn_error() is None:
         from flash_attn import flash_attn_qkvpacked_func
 
-        return flash_attn_qkvpacked_func(
-            qkv,
-            dropout_p=options.get("dropout_p", 0.0),
-            softmax_scale=options.get("softmax_scale"),
-            causal=options.get("causal", True),
-            window_size=options.get("window", FULL),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
+        try:
+            return flash_attn_qkvpacked_func(
+                qkv,
+                dropout_p=dropout_p,
+                softmax_scale=softmax_scale,
+                causal=causal,
+                window_size=window,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = _refusal(backend, qkv, qkv, qkv, causal, window, dropout_p)
+            if reason is None:
+                raise
+            raise SettingsError(f"attention_backend {backend} cannot run here: {reason}") from error
     q, k, v = qkv.unbind(2)
-    return attention(q, k, v, backend=backend, **options)
+    return attention(
+        q, k, v, backend=backend, causal=causal, window=window, dropout_p=dropout_p, softmax_scale=softmax_scale
+    )
+
+
+def _kernel_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which x reaches a kernel: that of autocast where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _auto(x, inputs, causal, window, dropout_p, packed):
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return choose_backend(
+        x.device,
+        _kernel_dtype(x),
+        window,
+        x.shape[-1],
+        tokens=x.shape[1],
+        causal=causal,
+        packed=packed,
+        dropout_p=dropout_p,
+        training=training,
+    )[0]
+
+
+def _refusal(backend, q, k, v, causal, window, dropout_p):
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    return unsupported_reason(
+        backend,
+        q.device,
+        _kernel_dtype(q) if backend.startswith("sdpa") else q.dtype,
+        window,
+        q.shape[-1],
+        causal=causal,
+        dropout_p=dropout_p,
+        training=training,
+        tokens=q.shape[1],
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which kernel ran
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class KernelObserver(TorchDispatchMode):
-    """Notes which attention kernels PyTorch really dispatches to."""
+    """Notes which attention operators PyTorch really dispatches to."""
+
+    SIGNS = ("scaled_dot_product", "flash_attn", "_flash_attention", "varlen_attn")
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,8 +369,10 @@ class KernelObserver(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        if ("scaled_dot_product" in name or "flash_attn" in name) and "backward" not in name:
-            self.kernels.add(name.removesuffix(".default"))
+        if any(sign in name for sign in self.SIGNS) and "backward" not in name:
+            implementation = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+            suffix = f" ({implementation})" if implementation and ("flash" in name or "varlen" in name) else ""
+            self.kernels.add(name.removesuffix(".default") + suffix)
         return func(*args, **(kwargs or {}))
 
     @property
@@ -262,52 +388,103 @@ def observe_kernel() -> Iterator[KernelObserver]:
         yield observer
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# The table
+# --------------------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Settings:
     """Settings of `python attention.py`."""
 
-    batch_size: int = setting(4, "sequences")
-    context_length: int = setting(512, "tokens in a sequence")
+    batch_size: int | None = setting(None, "sequences (default: 16 on a GPU, 4 without)")
+    context_length: int | None = setting(None, "tokens in a sequence (default: 1024 on a GPU, 512 without)")
     num_heads: int = setting(12, "heads")
     head_dim: int = setting(64, "width of a head")
-    repeats: int = setting(10, "timed repeats of forward and backward")
+    dtype: str = setting("bf16", "of q, k and v", ["bf16", "fp16", "fp32"])
+    seconds: float = setting(20.0, "time for the table, shared by the backends that run (compilation comes on top)")
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def print_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Print for each backend whether it can train here, or why not; returns those that can."""
+    version = f"torch {torch.__version__}, CUDA {torch.version.cuda}" if device.type == "cuda" else torch.__version__
+    print(f"{device_name(device)}, {version}")
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        print(f"compute capability {major}.{minor}, cuDNN {torch.backends.cudnn.version()}")
+    able = []
+    for backend, what in BACKENDS.items():
+        reason = unsupported_reason(backend, device, dtype, FULL, head_dim)
+        if reason is None:
+            able.append(backend)
+        print(f"  {backend:<15}{'runs: ' + what if reason is None else 'cannot run: ' + reason}")
+    if flash_attn_error() is not None:
+        print(f"  a flash-attn wheel for this Python and torch would be called {flash_attn_wheel()}")
+    for label, window in (("no window", FULL), ("a window", (64, 0))):
+        choice, why = choose_backend(device, dtype, window, head_dim, tokens=1024)
+        print(f"  auto with {label} (context 1024, training): {choice} ({why})")
+    return able
 
 
 def main() -> int:
     """Print what can run here and why not, then time forward and backward of each backend against an fp32 reference."""
     settings = parse_settings(Settings)
-    if min(settings.batch_size, settings.context_length, settings.num_heads, settings.head_dim, settings.repeats) < 1:
-        raise SettingsError("--batch_size, --context_length, --num_heads, --head_dim and --repeats must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16
-    shape = (settings.batch_size, settings.context_length, settings.num_heads, settings.head_dim)
+    batch_size, context_length = (16, 1024) if device.type == "cuda" else (4, 512)
+    batch_size = batch_size if settings.batch_size is None else settings.batch_size
+    context_length = context_length if settings.context_length is None else settings.context_length
+    if min(batch_size, context_length, settings.num_heads, settings.head_dim) < 1:
+        raise SettingsError("--batch_size, --context_length, --num_heads and --head_dim must be at least 1")
+    if settings.seconds <= 0:
+        raise SettingsError("--seconds must be positive")
+    dtype = DTYPES[settings.dtype]
+    shape = (batch_size, context_length, settings.num_heads, settings.head_dim)
+    able = print_support(device, dtype, settings.head_dim)
+
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
-    reference = eager_attention(*(x.float() for x in inputs[:3]), True, FULL, 0.0, None)
-    print(f"bf16, causal, batch {shape[0]}, context {shape[1]}, {shape[2]} heads of {shape[3]}, forward and backward")
-    print(f"{'backend':<12}{'ms':>9}{'peak MiB':>10}{'error':>10}  kernel")
-    for backend in BACKENDS:
-        reason = unsupported_reason(backend, device, dtype, FULL, settings.head_dim)
-        if reason is not None:
-            print(f"{backend:<12}cannot run: {reason}")
-            continue
-        q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
-        with observe_kernel() as observer:
-            error = (attention(q, k, v, backend=backend).float() - reference).abs().max().item()
-        tracker = MemoryTracker(device)
-        with tracker.step(1), tracker.phase("attention"):
-            attention(q, k, v, backend=backend).backward(inputs[3])
-        row = tracker.summary()["attention"]
-        peak = 1024 * (row["peak_allocated_gib"] - row["start_allocated_gib"])
-        times = []
-        for _ in range(settings.repeats):
-            begin = time.perf_counter()
-            attention(q, k, v, backend=backend).backward(inputs[3])
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(1000 * (time.perf_counter() - begin))
-        print(f"{backend:<12}{percentile(times, 50):>9.2f}{peak:>10.1f}{error:>10.1e}  {observer.name}")
+    reference = eager_attention(*(x[:1].float() for x in inputs[:3]), True, FULL, 0.0, None)  # of the first sequence
+    print(f"\n{settings.dtype}, causal, batch {shape[0]}, context {shape[1]}, {shape[2]} heads of {shape[3]}")
+    print(f"{'':<15}{'forward and backward, ms':>26}")
+    print(f"{'backend':<15}{'median':>10}{'20th-80th':>16}{'n':>6}{'peak MiB':>10}{'error':>10}  kernel")
+    for backend in able:
+        try:
+            print(table_row(backend, inputs, reference, settings.seconds / len(able)))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"{backend:<15}{'oom':>10}")
     return 0
+
+
+def table_row(backend: str, inputs: list[torch.Tensor], reference: torch.Tensor, seconds: float) -> str:
+    """One line of the table: time over `seconds`, peak above the inputs, error in the first sequence."""
+    device = inputs[0].device
+    q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+    with observe_kernel() as observer:
+        error = (attention(q, k, v, backend=backend)[:1].float() - reference).abs().max().item()
+    attention(q, k, v, backend=backend).backward(inputs[3])  # warms up, compiles
+    q.grad = k.grad = v.grad = None
+    tracker = MemoryTracker(device)
+    with tracker.step(1), tracker.phase("attention"):
+        attention(q, k, v, backend=backend).backward(inputs[3])
+    row = tracker.summary()["attention"]
+    peak = 1024 * (row["peak_allocated_gib"] - row["start_allocated_gib"])
+    clock, times, end = StepClock(device), [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        q.grad = k.grad = v.grad = None
+        clock.start()
+        attention(q, k, v, backend=backend).backward(inputs[3])
+        clock.stop()
+        times += clock.read()
+    spread = f"{percentile(times, 20):.2f}-{percentile(times, 80):.2f}"
+    return (
+        f"{backend:<15}{percentile(times, 50):>10.2f}{spread:>16}{len(times):>6}{peak:>10.1f}{error:>10.1e}"
+        f"  {observer.name}"
+    )
 
 
 if __name__ == "__main__":

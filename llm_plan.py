@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from attention import FULL, choose_flash_backend, parse_window, unsupported_reason
+from attention_support import FULL, choose_backend, choose_flash_backend, parse_window, unsupported_reason
 from dataset import TextData
 from precision import AUTOCAST_DTYPES, set_precision
 from transformer_based_llm import MODEL_SIZES, ModelConfig, model_config
@@ -105,13 +105,24 @@ def make_plan(settings: Any) -> Plan:
                 f"--use_flash_attention true with --precision {precision}: flash kernels exist for bf16 and fp16 "
                 "only; leave --precision out or use bf16"
             )
-        backend = choose_flash_backend(device, dtype, window, model.head_dim)
+        backend = choose_flash_backend(device, dtype, window, model.head_dim, model.dropout)
         notes.append(f"--use_flash_attention: attention_backend {backend}")
         if backend != "flash_attn":
             notes[-1] += f" ({unsupported_reason('flash_attn', device, dtype, window, model.head_dim)})"
     else:
         backend = settings.attention_backend or "sdpa"
-        reason = unsupported_reason(backend, device, dtype, window, model.head_dim)
+        if backend == "auto":
+            backend, why = choose_backend(
+                device,
+                dtype,
+                window,
+                model.head_dim,
+                tokens=model.context_length,
+                packed=True,
+                dropout_p=model.dropout,
+            )
+            notes.append(f"--attention_backend auto: {backend} ({why})")
+        reason = unsupported_reason(backend, device, dtype, window, model.head_dim, dropout_p=model.dropout)
         if reason is not None:
             raise SettingsError(f"--attention_backend {backend} cannot run here: {reason}")
         if backend == "eager" and window != FULL:

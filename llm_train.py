@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import plot
 import utils
-from attention import BACKENDS, observe_kernel
+from attention import observe_kernel
+from attention_support import BACKENDS
 from batch_size import METHODS, Probe, find_batch_size, is_out_of_memory, set_memory_budget, use_expandable_segments
 from dataset import DATASET_NAMES, DEFAULT_TOKENIZER, TextData, TokenSplit, load_text_data
 from llm_plan import Plan, check_corpus, default_run_name, make_plan
@@ -64,7 +65,9 @@ class Settings:
 
     # techniques
     use_flash_attention: bool = setting(False, "flash-attn if it runs here, else PyTorch's flash kernel; implies bf16")
-    attention_backend: str | None = setting(None, "attention kernel by name (default: sdpa)", BACKENDS)
+    attention_backend: str | None = setting(
+        None, "attention kernel by name, or auto (default: sdpa)", ["auto", *BACKENDS]
+    )
     attention_window: str | None = setting(None, "keys seen before and after, such as 64,0 (default: all)")
     precision: str | None = setting(None, "default: fp32, or bf16 with flash attention", PRECISIONS)
     use_fp16: bool = setting(False, "the plwiki lab's name for BF16 autocast; the same as --precision bf16")

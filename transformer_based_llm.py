@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from attention import FULL, packed_attention
+from attention import packed_attention
+from attention_support import FULL
 from checkpointing import checkpointed
 from utils import SettingsError, parse_settings, run_script, setting
 

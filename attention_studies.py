@@ -1,0 +1,220 @@
+"""Two questions that a table of cases does not answer: from which context on does it pay, and what does the seam cost.
+
+    python attention_benchmark.py --sweep break_even     runs the first
+    python attention_benchmark.py --sweep overhead       runs the second
+
+**Break-even.** On a grid of contexts at a fixed number of tokens, then by bisection: from which context on is a fused
+kernel faster than eager, and a kernel with a window faster than the same kernel, and than the fastest one, without. A
+difference counts if it is larger than that between any two rounds of the same case.
+
+**Overhead.** Every model calls `attention.py`; here its forward and backward stand beside the same kernel called as its
+own documentation does, block by block in turn, with the host's time in it.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
+from tqdm import tqdm
+
+from attention import DTYPES
+from attention_measure import (
+    Bench,
+    Case,
+    Measurement,
+    Timer,
+    cell_name,
+    clean,
+    forward,
+    make_inputs,
+    median,
+    round_differences,
+)
+from attention_support import FULL, SDPA_KERNELS, unsupported_reason
+from utils import percentile
+
+
+def reason_against(bench: Bench, backend: str, window: tuple[int, int] = FULL) -> str | None:
+    """Why a backend cannot train here; None if it can."""
+    return unsupported_reason(backend, bench.device, DTYPES[bench.dtype], window)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Break-even contexts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def find_break_even(saves: Callable[[int], bool], contexts: list[int], step: int) -> tuple[int | None, int | None]:
+    """The context from which on something saves, by bisection between the points of a grid.
+
+    Args:
+        saves: whether it saves at a context; asked once for every context of the grid and for those of the bisection.
+        contexts: rising.
+        step: bisect until the bounds are this close.
+
+    Returns:
+        (largest context known not to save, smallest from which it saved at every larger point of the grid);
+        (None, first) if it saves everywhere, (last, None) if it does not save at the largest.
+    """
+    failed = [place for place, context in enumerate(contexts) if not saves(context)]
+    if not failed:
+        return None, contexts[0]
+    if failed[-1] == len(contexts) - 1:
+        return contexts[-1], None
+    low, high = contexts[failed[-1]], contexts[failed[-1] + 1]
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        middle = middle if middle > low else low + step
+        if saves(middle):
+            high = middle
+        else:
+            low = middle
+    return low, high
+
+
+def break_even(
+    bench: Bench,
+    base: Case,
+    contexts: list[int],
+    windows: list[int],
+    backends: list[str],
+    batch_of: Callable[[int], int],
+) -> tuple[list[Measurement], list[dict[str, Any]], list[str]]:
+    """Bisect for contexts: fused against eager, and a window against the full mask of the same and the fastest kernel.
+
+    Args:
+        base: heads, mask, layout and dtype of every case.
+        contexts: the grid, rising.
+        windows: keys before the query.
+        backends: fused kernels to hold against eager.
+        batch_of: the batch at a context.
+
+    Returns:
+        (all measurements, one answer a question for run.json, the same in words).
+    """
+    known: dict[Case, Measurement] = {}
+
+    def time_of(case: Case) -> Measurement:
+        for _ in range(0 if case in known else bench.rounds):
+            known[case] = bench.measure(case, known.get(case))
+        return known[case]
+
+    def compare(new: Case, old: Case) -> Callable[[int], bool]:
+        def saves(context: int) -> bool:
+            at = [replace(case, context_length=context, batch_size=batch_of(context)) for case in (new, old)]
+            a, b = (time_of(case) for case in at)
+            if b.status == "oom" and a.status == "ok":
+                return True
+            if a.status != "ok" or b.status != "ok":
+                return False
+            noise = max([*round_differences(a, "forward_backward"), *round_differences(b, "forward_backward"), 0.0])
+            return median(a, "forward_backward") < median(b, "forward_backward") * (1 - min(noise, 0.5))
+
+        return saves
+
+    # Eager is asked up to where its scores still fit in comfort; beyond, fused attention wins anyway.
+    questions: list[tuple[str, Case, Case, list[int], int]] = []
+    for backend in backends:
+        limit = 2048 if bench.device.type == "cuda" else contexts[-1]
+        grid = [context for context in contexts if context <= limit]
+        question = f"{backend} faster than eager"
+        questions.append((question, replace(base, backend=backend), replace(base, backend="eager"), grid, 8))
+    windowed = "flash_attn" if reason_against(bench, "flash_attn") is None else "varlen"
+    full = {windowed: "the same kernel"}
+    if reason_against(bench, "sdpa_cudnn") is None:
+        full["sdpa_cudnn"] = "cuDNN, the fastest full kernel on Hopper"
+    for window in windows:
+        grid = [context for context in contexts if context > window + 1 and context >= 128]
+        for other, words in full.items():
+            if window < 0 or not grid:
+                continue
+            question = f"{windowed} with window {window} faster than without, {words}"
+            new = replace(base, backend=windowed, window=(window, 0), causal=True)
+            questions.append((question, new, replace(base, backend=other, causal=True), grid, 128))
+    found, lines = [], []
+    for question, new, old, grid, step in tqdm(questions, unit="question", desc="break-even"):
+        refused = [reason_against(bench, case.backend, case.window) for case in (new, old)]
+        refused = [reason for reason in refused if reason is not None]
+        if refused or not grid:
+            answer = {"low": None, "high": None, "status": "unsupported", "reason": (refused or ["no context fits"])[0]}
+            words = f"unsupported: {answer['reason']}"
+        else:
+            low, high = find_break_even(compare(new, old), grid, step)
+            answer = {"low": low, "high": high, "status": "ok", "reason": ""}
+            words = f"from {high} on (not yet at {low})" if high is not None else f"never up to {low}"
+            words = f"everywhere from {high} on, the smallest tried" if low is None else words
+        found.append({"question": question, "backend": new.backend, "window": new.window[0], **answer})
+        found[-1] |= {"against": old.backend, "grid": grid, "step": step}
+        lines.append(f"{question}: {words}")
+    return list(known.values()), found, lines
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the seam costs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def direct_call(case: Case, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """The kernel called as its own documentation does, without `attention.py`."""
+    if case.backend == "flash_attn":
+        from flash_attn import flash_attn_func, flash_attn_qkvpacked_func
+
+        return (flash_attn_qkvpacked_func if case.layout == "packed" else flash_attn_func)(*inputs, causal=case.causal)
+    q, k, v = inputs[0].unbind(2) if case.layout == "packed" else inputs
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if case.backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal).transpose(1, 2)
+    with sdpa_kernel(SDPA_KERNELS[case.backend]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal).transpose(1, 2)
+
+
+def overhead(bench: Bench, cases: list[Case]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Wall time of forward and backward through the seam and called directly, block by block in turn.
+
+    Blocks of 20 are synchronised, so host and device count. The direct call against itself is the noise.
+
+    Returns:
+        (one answer a case for run.json, the same in words).
+    """
+    found, lines = [], []
+    for case in tqdm(cases, unit="case", desc="overhead"):
+        reason = reason_against(bench, case.backend)
+        if reason is not None or case.backend not in ("flash_attn", "sdpa", *SDPA_KERNELS):
+            found.append(asdict(case) | {"status": "unsupported", "reason": reason or "there is no direct call for it"})
+            lines.append(f"{case.backend:<12} unsupported: {found[-1]['reason']}")
+            continue
+        clean(bench.device)
+        inputs, upstream = make_inputs(case, bench.device)
+        timers = {
+            "direct": Timer(bench.device, lambda c=case, i=inputs: direct_call(c, i), inputs, upstream),
+            "seam": Timer(bench.device, lambda c=case, i=inputs: forward(c, i), inputs, upstream),
+            "direct_again": Timer(bench.device, lambda c=case, i=inputs: direct_call(c, i), inputs, upstream),
+        }
+        walls: dict[str, list[float]] = {name: [] for name in timers}
+        for timer in timers.values():
+            timer.warm_up(bench.seconds)
+        order = random.Random(bench.seed)
+        for _ in range(10 * bench.rounds):
+            for name in order.sample(list(timers), len(timers)):
+                timers[name].wait()
+                begin = time.perf_counter()
+                for _ in range(20):
+                    timers[name].once()
+                timers[name].wait()
+                walls[name].append(1000 * (time.perf_counter() - begin) / 20)
+        direct, seam, again = (percentile(walls[name], 50) for name in timers)
+        found.append(
+            asdict(case)
+            | {"status": "ok", "n_blocks": len(walls["direct"]), "direct_ms": direct, "seam_ms": seam}
+            | {"overhead": seam / direct - 1, "noise": abs(again / direct - 1)}
+        )
+        lines.append(
+            f"{case.backend:<12}{cell_name(case)}: direct {direct:.4f} ms, through attention.py {seam:.4f} ms, "
+            f"{100 * (seam / direct - 1):+.2f} % (the direct call against itself: {100 * (again / direct - 1):+.2f} %)"
+        )
+    return found, lines
