@@ -119,8 +119,8 @@ GPU_SWEEPS: dict[str, dict[str, list]] = {
     },
     "overhead": {
         "batch_size": [32],
-        "context_length": [256, 1024],
-        "num_heads": [12],
+        "context_length": [1024],
+        "num_heads": [12, 32],
         "head_dim": [64],
         "causal": [True],
         "layout": ["separate", "packed"],
@@ -149,7 +149,8 @@ CPU_SWEEPS: dict[str, dict[str, list]] = {
     "long": GPU_SWEEPS["long"] | {"tokens": [1024], "context_length": [128, 256, 512, 1024, 2048], "num_heads": [2]},
     "break_even": GPU_SWEEPS["break_even"]
     | {"tokens": [1024], "context_length": [8, 16, 32, 64, 128, 256, 512], "window": [64], "backends": ["sdpa_flash"]},
-    "overhead": GPU_SWEEPS["overhead"] | {"batch_size": [4], "context_length": [128], "backends": ["sdpa"]},
+    "overhead": GPU_SWEEPS["overhead"]
+    | {"batch_size": [4], "context_length": [128], "num_heads": [12], "backends": ["sdpa"]},
     "custom": {},
 }
 WHOLE_NUMBERS = ("batch_size", "context_length", "num_heads", "head_dim", "embedding_dim", "tokens")

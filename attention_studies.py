@@ -38,6 +38,8 @@ from attention_measure import (
 from attention_support import FULL, SDPA_KERNELS, unsupported_reason
 from utils import percentile
 
+BLOCK, BLOCKS = 5, 70  # repetitions in a block of the overhead study, and blocks of each variant and round
+
 
 def reason_against(bench: Bench, backend: str, window: tuple[int, int] = FULL) -> str | None:
     """Why a backend cannot train here; None if it can."""
@@ -176,7 +178,7 @@ def direct_call(case: Case, inputs: list[torch.Tensor]) -> torch.Tensor:
 def overhead(bench: Bench, cases: list[Case]) -> tuple[list[dict[str, Any]], list[str]]:
     """Wall time of forward and backward through the seam and called directly, block by block in turn.
 
-    Blocks of 20 are synchronised, so host and device count. The direct call against itself is the noise.
+    Many short blocks, each synchronised, so host and device count; the direct call against itself is the noise.
 
     Returns:
         (one answer a case for run.json, the same in words).
@@ -199,18 +201,24 @@ def overhead(bench: Bench, cases: list[Case]) -> tuple[list[dict[str, Any]], lis
         for timer in timers.values():
             timer.warm_up(bench.seconds)
         order = random.Random(bench.seed)
-        for _ in range(10 * bench.rounds):
+        for _ in range(BLOCKS * bench.rounds):
             for name in order.sample(list(timers), len(timers)):
                 timers[name].wait()
                 begin = time.perf_counter()
-                for _ in range(20):
+                for _ in range(BLOCK):
                     timers[name].once()
                 timers[name].wait()
-                walls[name].append(1000 * (time.perf_counter() - begin) / 20)
+                walls[name].append(1000 * (time.perf_counter() - begin) / BLOCK)
         direct, seam, again = (percentile(walls[name], 50) for name in timers)
         found.append(
             asdict(case)
-            | {"status": "ok", "n_blocks": len(walls["direct"]), "direct_ms": direct, "seam_ms": seam}
+            | {
+                "status": "ok",
+                "blocks": len(walls["direct"]),
+                "repetitions_a_block": BLOCK,
+                "direct_ms": direct,
+                "seam_ms": seam,
+            }
             | {"overhead": seam / direct - 1, "noise": abs(again / direct - 1)}
         )
         lines.append(
