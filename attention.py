@@ -68,6 +68,7 @@ def visible_keys(query: torch.Tensor, key: torch.Tensor, causal: bool, window: t
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # kept for later calls, which may need gradients
 def score_bias(
     tokens: int, causal: bool, window: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -135,6 +136,7 @@ def _flash_attn(q, k, v, causal, window, dropout_p, softmax_scale):
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _sequence_starts(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
     """(batch + 1,): where each sequence begins when all lie one after another, as varlen kernels want it."""
     return torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)
@@ -162,6 +164,7 @@ def _compiled_flex():
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def flex_block_mask(tokens: int, causal: bool, window: tuple[int, int], device: torch.device):
     """The tiles of 128 that flex attention works on and their mask; None where every query sees every key."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -240,6 +243,7 @@ def attention(
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise SettingsError(f"attention wants q, k and v of one shape (batch, tokens, heads, head_dim), not {shapes}")
     if backend == "auto":
+        q, k, v = (x.to(_kernel_dtype(x)) for x in (q, k, v))  # as autocast does for PyTorch's own kernels
         backend = _auto(q, (q, k, v), causal, window, dropout_p, packed=False)
     if window != FULL and backend in BACKENDS and backend not in WINDOWED:
         raise SettingsError(window_refusal(backend))
@@ -258,15 +262,22 @@ def attention(
                 return _varlen(q, k, v, causal, window, softmax_scale)
             return _sdpa(backend, q, k, v, causal, dropout_p, softmax_scale)
         if backend in FLASH_IMPLEMENTATIONS:
+            if not q.is_cuda:
+                raise RuntimeError("no GPU")  # PyTorch's CPU kernel would answer in its place
             _use_flash_implementation(FLASH_IMPLEMENTATIONS[backend][0])
             if window != FULL:
                 return _varlen(q, k, v, causal, window, softmax_scale)
             return _sdpa("sdpa_flash", q, k, v, causal, dropout_p, softmax_scale)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ImportError, ValueError, TypeError, AttributeError) as error:
         # Only now, when it went wrong, is it worth the time to find out why.
         reason = _refusal(backend, q, k, v, causal, window, dropout_p)
+        if reason is None and any(x.stride(-1) != 1 for x in (q, k, v)):
+            reason = (
+                "the numbers of a head do not lie side by side in memory (stride of the last dimension); copy q, k "
+            )
+            reason += "and v with .contiguous() first"
         if reason is None:
             raise
         raise SettingsError(f"attention_backend {backend} cannot run here: {reason}") from error
@@ -291,6 +302,7 @@ def packed_attention(
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise SettingsError(f"packed_attention wants (batch, tokens, 3, heads, head_dim), not {tuple(qkv.shape)}")
     if backend == "auto":
+        qkv = qkv.to(_kernel_dtype(qkv))
         backend = _auto(qkv, (qkv,), causal, window, dropout_p, packed=True)
     if backend == "flash_attn" and flash_attn_error() is None:
         from flash_attn import flash_attn_qkvpacked_func
@@ -371,7 +383,8 @@ class KernelObserver(TorchDispatchMode):
         name = str(func)
         if any(sign in name for sign in self.SIGNS) and "backward" not in name:
             implementation = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-            suffix = f" ({implementation})" if implementation and ("flash" in name or "varlen" in name) else ""
+            replaced = name.startswith(("aten.", "torch_attn.")) and ("flash" in name or "varlen" in name)
+            suffix = f" ({implementation})" if implementation and replaced else ""
             self.kernels.add(name.removesuffix(".default") + suffix)
         return func(*args, **(kwargs or {}))
 

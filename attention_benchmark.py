@@ -7,10 +7,10 @@
     python attention_benchmark.py --memory_budget_gib 12           as on a card of 12 GiB
 
 Experiments: `comparison` batch x context, `comparison_packed` the same with q, k and v in one tensor; `batch_size`,
-`context_length`, `num_heads`, `embedding_dim`, `causal` one parameter each around the default cell, packed; `window`
-context x window; `head_dim`; `long` at a fixed number of tokens; `break_even` bisects for the context from which fused
-attention beats eager, and a window the full mask; `overhead` compares `attention.py` with calling the kernel directly.
-A flag replaces the list of the experiment.
+`context_length`, `num_heads`, `embedding_dim`, `causal` one parameter each around the default cell, packed; `short`
+contexts; `window` context x window; `head_dim`; `long` at a fixed number of tokens; `break_even` bisects for the
+context from which fused attention beats eager, and a window the full mask; `overhead` compares `attention.py` with
+calling the kernel directly. A flag replaces the list of the experiment.
 
 How a case is measured is in `attention_measure.py`. Every case is measured `--rounds` times, each round in another
 random order: how far the same case differs from itself is the noise floor (the 95th percentile over all cases and pairs
@@ -85,6 +85,7 @@ GPU_SWEEPS: dict[str, dict[str, list]] = {
     "num_heads": {"num_heads": [8, 16, 32]},
     "embedding_dim": {"embedding_dim": [1024, 2048, 4096], "num_heads": [16]},
     "causal": {"causal": [False, True]},
+    "short": {"tokens": [16384], "context_length": [32, 64, 128, 192, 256], "causal": [False, True]},
     "window": {
         "tokens": [16384],
         "context_length": [256, 512, 1024, 2048, 4096, 8192, 16384],
@@ -138,6 +139,7 @@ CPU_SWEEPS: dict[str, dict[str, list]] = {
     "num_heads": {"num_heads": [2, 4, 8]},
     "embedding_dim": {"embedding_dim": [64, 128, 256]},
     "causal": {"causal": [False, True]},
+    "short": {"tokens": [512], "context_length": [16, 32, 64], "causal": [False, True]},
     "window": GPU_SWEEPS["window"]
     | {
         "tokens": [512],
@@ -222,7 +224,7 @@ def sweep_axes(name: str, settings: Settings, device: torch.device) -> dict[str,
     """
     cell, sweeps = (CELL, GPU_SWEEPS) if device.type == "cuda" else (CPU_CELL, CPU_SWEEPS)
     lists = (*cell, "tokens", "head_dim")
-    given = {key: read_list(key, getattr(settings, key)) for key in lists if getattr(settings, key)}
+    given = {key: read_list(key, getattr(settings, key)) for key in lists if getattr(settings, key) is not None}
     if "batch_size" in given and "tokens" in given:
         raise SettingsError("--batch_size and --tokens fix the same number; give one of them")
     widths = ("num_heads", "head_dim", "embedding_dim")
@@ -278,7 +280,7 @@ def sweep_cases(axes: dict[str, list], dtype: str) -> list[Case]:
         cases.append(Case(backend, *shape, causal, shown, layout, dtype))
     if not cases:
         raise SettingsError("these lists leave no case to measure: every window hides nothing or has no kernel")
-    return cases
+    return list(dict.fromkeys(cases))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -464,15 +466,23 @@ def summarise(measurements: list[Measurement]) -> tuple[str, dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def run_break_even(bench: Bench, axes: dict[str, list]) -> tuple[list[Measurement], list[dict[str, Any]], list[str]]:
-    """`break_even` with the lists of the experiment.
+def check_lists(name: str, axes: dict[str, list], dtype: str) -> None:
+    """A wrong list is an error before the first experiment, not after it.
 
     Raises:
-        SettingsError: several values where the study takes one.
+        SettingsError: lists that make no case, or several values where break_even takes one.
     """
-    for name in ("batch_size", "tokens", "num_heads", "head_dim", "embedding_dim", "causal", "layout"):
-        if len(axes.get(name, [])) > 1:
-            raise SettingsError(f"--sweep break_even takes one value of --{name}, not {len(axes[name])}")
+    if name != "break_even":
+        sweep_cases(axes, dtype)
+        return
+    for axis in ("batch_size", "tokens", "num_heads", "head_dim", "embedding_dim", "causal", "layout"):
+        if len(axes.get(axis, [])) > 1:
+            raise SettingsError(f"--sweep break_even takes one value of --{axis}, not {len(axes[axis])}")
+    sweep_cases(axes | {"window": [-1]}, dtype)
+
+
+def run_break_even(bench: Bench, axes: dict[str, list]) -> tuple[list[Measurement], list[dict[str, Any]], list[str]]:
+    """`break_even` with the lists of the experiment."""
     base = sweep_cases(axes | {"window": [-1]}, bench.dtype)[0]
 
     def batch_of(context: int) -> int:
@@ -539,7 +549,8 @@ def main() -> int:
         raise SettingsError("--rounds must be at least 1")
     if settings.seconds is not None and not (settings.seconds > 0 and math.isfinite(settings.seconds)):
         raise SettingsError("--seconds must be positive")
-    if settings.memory_budget_gib is not None and not settings.memory_budget_gib > 0:
+    budget = settings.memory_budget_gib
+    if budget is not None and not (budget > 0 and math.isfinite(budget)):
         raise SettingsError("--memory_budget_gib must be positive")
     kind = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
@@ -550,10 +561,9 @@ def main() -> int:
     use_expandable_segments(device)
     set_memory_budget(device, settings.memory_budget_gib)
     axes = {name: sweep_axes(name, settings, device) for name in names}
-    for name in names:  # a wrong list is an error before the first experiment, not after it
-        sweep_cases(axes[name] | ({"window": [-1]} if name == "break_even" else {}), dtype)
+    for name in names:
+        check_lists(name, axes[name], dtype)
     seconds = settings.seconds or (0.1 if kind == "cuda" else 0.05)
-    budget = settings.memory_budget_gib
     limit = None if budget is None else int(budget * GIB)
     bench = Bench(device, dtype, settings.rounds, seconds, settings.seed, limit)
     environment = describe_environment(device)

@@ -33,7 +33,7 @@ BACKENDS = {
     "flash_attn": "the flash-attn package (FlashAttention-2)",
     "flash_attn_3": "FlashAttention-3 through torch's activate_flash_attention_impl",
     "flash_attn_4": "FlashAttention-4 through torch's activate_flash_attention_impl",
-    "varlen": "torch.nn.attention.varlen: flash kernel with a window, without the package",
+    "varlen": "torch.nn.attention.varlen: a fused kernel with a window, without the package",
     "flex": "torch flex_attention, compiled for the mask",
 }
 SDPA_KERNELS = {
@@ -173,25 +173,30 @@ def unsupported_reason(
             if dropout_p > 0:
                 return "sdpa_flash has no dropout on a CPU; set --dropout 0 or take attention_backend sdpa"
             return None
-        return f"{backend} needs an NVIDIA GPU"
+        return f"{backend} needs an NVIDIA GPU; take attention_backend sdpa, or eager for a window"
     half = dtype in (torch.bfloat16, torch.float16)
     if not half and backend != "sdpa_efficient":
         return f"{backend}'s kernels run in bf16 or fp16, not {dtype}; change --precision"
     capability = torch.cuda.get_device_capability(device)
     if backend != "sdpa_efficient" and capability < (8, 0):
-        return f"{backend} needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+        return (
+            f"{backend} needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}; "
+            "take attention_backend sdpa_efficient, or eager for a window"
+        )
     if backend in FLASH_IMPLEMENTATIONS:
         wanted = FLASH_IMPLEMENTATIONS[backend][2]
         if capability[0] not in wanted:
             names = " or ".join(f"{major}.x" for major in wanted)
-            return f"{backend} needs compute capability {names}, this GPU has {capability[0]}.{capability[1]}"
+            seen = f"{capability[0]}.{capability[1]}"
+            return f"{backend} needs compute capability {names}, this GPU has {seen}; take attention_backend auto"
         return flash_implementation_error(backend)
     if backend in ("flash_attn", "varlen"):
         missing = flash_attn_error() if backend == "flash_attn" else varlen_error()
         if missing is not None:
             return missing
         if head_dim > 256 or (backend == "varlen" and head_dim % 8):
-            return f"{backend} takes heads up to 256 wide{' in steps of 8' * (backend == 'varlen')}, not {head_dim}"
+            steps = " in steps of 8" if backend == "varlen" else ""
+            return f"{backend} takes heads up to 256 wide{steps}, not {head_dim}; change --num_heads or --embedding_dim"
         return None
     return pytorch_refusal(backend, device, dtype, head_dim, causal, dropout_p, tokens)
 
@@ -209,7 +214,7 @@ def _flex_refusal(device: torch.device, head_dim: int, training: bool) -> str | 
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return "flex needs an NVIDIA GPU with the triton package (part of PyTorch on Linux), or a CPU for inference"
     if head_dim < 16:
-        return f"flex takes heads from 16 wide up on a GPU, not {head_dim}"
+        return f"flex takes heads from 16 wide up on a GPU, not {head_dim}; change --num_heads or --embedding_dim"
     return None
 
 
@@ -228,10 +233,12 @@ def choose_backend(
 ) -> tuple[str, str]:
     """The backend that `auto` means, and why: the first of a short measured list that can run.
 
-    Measured on an H100 (outputs/attention_benchmark). Without a window cuDNN's kernel is the fastest of all, except
-    where training takes q, k and v out of one packed tensor and the context is short: there the copy that joins the
-    three gradients costs more than cuDNN gains, and flash-attn's packed kernel writes them in place. With a window
-    flash-attn skips tiles best. Other GPUs have not been measured; their list is the order of FlashAttention-2's paper.
+    Measured on an H100 (outputs/attention_benchmark). Without a window cuDNN's kernel is the fastest of all, with two
+    exceptions. Up to a context of 128 (64 without a backward pass) the memory-efficient kernel wins, whose tiles are
+    the smallest. And where training takes q, k and v out of one packed tensor and the context is short, the copy that
+    joins the three gradients costs more than cuDNN gains; flash-attn's packed kernel writes them in place. With a
+    window flash-attn skips tiles best. Other GPUs have not been measured; their order is that of the FlashAttention-2
+    paper.
 
     Args:
         tokens: length of a sequence.
@@ -242,15 +249,20 @@ def choose_backend(
         (backend, why) in which `why` is a phrase for a log.
     """
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    if window != FULL:
-        candidates, why = ["flash_attn", "varlen", "flex", "eager"], "the fastest kernel with a window"
+    if window != FULL and device.type == "cuda":
+        candidates, why = ["flash_attn", "varlen", "flex", "eager"], "fastest first with a window"
+    elif window != FULL:
+        candidates, why = ["eager"], "the only one with a window that trains without a GPU"
     elif device.type != "cuda":
         candidates, why = ["sdpa"], "PyTorch's choice without a GPU"
+    elif hopper and tokens <= (128 if training else 64):
+        candidates = ["sdpa_efficient", "sdpa_cudnn", "flash_attn", "sdpa_flash"]
+        why = "fastest first on Hopper at so short a context"
     elif hopper and packed and training and tokens <= (512 if causal else 256):
         candidates = ["flash_attn", "sdpa_cudnn", "sdpa_flash"]
         why = "short context: flash-attn's packed kernel spares joining the gradients of q, k and v"
     elif hopper:
-        candidates, why = ["sdpa_cudnn", "flash_attn", "sdpa_flash"], "the fastest kernel on Hopper"
+        candidates, why = ["sdpa_cudnn", "flash_attn", "sdpa_flash"], "fastest first on Hopper"
     else:
         candidates, why = ["flash_attn", "sdpa_flash"], "not measured on this GPU"
     refused = []
@@ -267,7 +279,7 @@ def choose_backend(
             tokens=tokens,
         )
         if reason is None:
-            return backend, f"{', '.join(refused)} cannot run here" if refused else why
+            return backend, f"{why}; {', '.join(refused)} cannot run here" if refused else why
         refused.append(backend)
     raise AssertionError("sdpa and eager run everywhere")
 
