@@ -262,8 +262,9 @@ def attention(
                 return _varlen(q, k, v, causal, window, softmax_scale)
             return _sdpa(backend, q, k, v, causal, dropout_p, softmax_scale)
         if backend in FLASH_IMPLEMENTATIONS:
-            if not q.is_cuda:
-                raise RuntimeError("no GPU")  # PyTorch's CPU kernel would answer in its place
+            reason = None if q.is_cuda else _refusal(backend, q, k, v, causal, window, dropout_p)
+            if reason is not None:  # without this check PyTorch's CPU kernel would answer in its place
+                raise SettingsError(f"attention_backend {backend} cannot run here: {reason}")
             _use_flash_implementation(FLASH_IMPLEMENTATIONS[backend][0])
             if window != FULL:
                 return _varlen(q, k, v, causal, window, softmax_scale)

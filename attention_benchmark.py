@@ -13,8 +13,8 @@ context from which fused attention beats eager, and a window the full mask; `ove
 calling the kernel directly. A flag replaces the list of the experiment.
 
 How a case is measured is in `attention_measure.py`. Every case is measured `--rounds` times, each round in another
-random order: how far the same case differs from itself is the noise floor (the 95th percentile over all cases and pairs
-of rounds), and the summary calls a smaller difference "no difference".
+random order: how far it differs from itself from round to round is its noise, and the 95th percentile over all cases is
+the noise floor of the experiment. The summary calls a smaller difference "no difference".
 
 Leaves outputs/attention_benchmark/<experiment>/: results.csv (one row for each case and metric), summary.txt, run.json
 and figures. The last line on standard output is one JSON object.
@@ -26,7 +26,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,14 @@ from attention_measure import (
     Case,
     Measurement,
     attention_flops,
+    case_noise,
     cell_name,
-    median,
     noise_floor,
 )
-from attention_studies import break_even, overhead
+from attention_studies import break_even, break_even_words, overhead, overhead_words
 from attention_support import BACKENDS, FULL
 from batch_size import set_memory_budget, use_expandable_segments
-from plot_attention import plot_sweep
+from plot_attention import plot_sweep, read_results
 from run_folder import RunFolder, check_writable, describe_environment, now, write_atomically
 from utils import GIB, SettingsError, parse_settings, percentile, run_script, setting
 
@@ -181,6 +181,7 @@ class Settings:
     seed: int = setting(0, "of the random order")
     output_folder: str = setting("outputs", "where run folders go")
     run_name: str | None = setting(None, "name of the run folder (default: the experiment)")
+    summarise: str | None = setting(None, "measure nothing: summary and figures of this run folder anew from its CSV")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -407,58 +408,124 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Summaries
+# Summaries, made from results.csv alone
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def summarise(measurements: list[Measurement]) -> tuple[str, dict[str, Any]]:
+def row_cell(row: dict[str, str]) -> str:
+    """The cell of a row, all but its kernel, in words."""
+    window = FULL if row["window"] == "none" else (int(row["window"]), 0)
+    shape = (int(row[name]) for name in ("batch_size", "context_length", "num_heads", "head_dim"))
+    return cell_name(Case("", *shape, row["causal"] == "true", window, row["layout"], row["dtype"]))
+
+
+def round_medians(row: dict[str, str]) -> list[float]:
+    return [float(value) for value in row["rounds"].split(";")]
+
+
+def summarise(rows: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
     """A text for people, cell by cell, and the headline numbers.
 
-    In each cell the fastest kernel leads; one that is slower by less than the noise floor is called no difference.
+    In each cell the fastest kernel leads. Another is called no difference if it is slower by less than the noise floor,
+    or by less than the rounds of either of the two typically differ.
     """
-    floor = noise_floor(measurements, "forward_backward")
-    lines = []
-    if floor is None:
-        lines.append("One round or no result: no noise floor, so differences are not judged. Use --rounds 3.")
-    else:
-        lines.append(
-            f"noise floor of forward and backward: {100 * floor:.1f} % (95th percentile of the difference between "
-            "rounds of the same case); smaller differences are called no difference"
+    times: dict[str, list[dict[str, str]]] = {direction: [] for direction in DIRECTIONS}
+    for row in rows:
+        if row["metric"] == "time":
+            times[row["direction"]].append(row)
+    floors = {direction: noise_floor([round_medians(row) for row in own]) for direction, own in times.items()}
+    floor = floors["forward_backward"]
+    lines = [
+        "One round or no result: no noise floor, so differences are not judged. Use --rounds 3."
+        if floor is None
+        else f"noise floor of forward and backward: {100 * floor:.1f} % (95 % of the cases differ by less from "
+        "themselves, from round to round); smaller differences are called no difference"
+    ]
+
+    def find(metric: str, cell: str, backend: str) -> float:
+        return next(
+            float(row["value"])
+            for row in rows
+            if (row["metric"], row["direction"], row["backend"]) == (metric, "forward_backward", backend)
+            and row_cell(row) == cell
         )
-    cells: dict[Case, list[Measurement]] = {}
-    for measurement in measurements:
-        cells.setdefault(replace(measurement.case, backend=""), []).append(measurement)
+
+    cells: dict[str, list[dict[str, str]]] = {}
+    failed: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        cells.setdefault(row_cell(row), [])
+        if row["metric"] == "status":
+            failed.setdefault(row_cell(row), []).append(row)
+    for row in times["forward_backward"]:
+        cells[row_cell(row)].append(row)
     auto: list[tuple[float, str]] = []
-    for cell, members in cells.items():
-        lines += ["", cell_name(cell)]
-        ran = sorted((m for m in members if m.rounds), key=lambda m: median(m, "forward_backward"))
-        named = [m for m in ran if m.case.backend != "auto"]
-        for m in ran:
-            ms = median(m, "forward_backward")
-            fastest = median(ran[0], "forward_backward")
-            verdict = f"{ms / fastest:.2f} x the fastest" if m is not ran[0] else "fastest"
-            if m is not ran[0] and floor is not None and ms / fastest - 1 < floor:
-                verdict = "no difference to the fastest"
-            label = m.case.backend + (f" -> {m.chosen_backend}" if m.case.backend == "auto" else "")
-            lines.append(
-                f"  {label:<22}{ms:>11.3f} ms{attention_flops(m.case, 'forward_backward') / ms / 1e9:>9.1f} TFLOP/s"
-                f"{m.peak_above_inputs_bytes['forward_backward'] / GIB:>9.3f} GiB  {verdict}"
-            )
-            if m.case.backend == "auto" and named:
-                auto.append((ms / median(named[0], "forward_backward") - 1, cell_name(cell)))
-        lines += [f"  {m.case.backend:<22}{m.status}: {m.reason}" for m in members if not m.rounds]
-    headline: dict[str, Any] = {
-        "cases": len(measurements),
-        **{status: sum(m.status == status for m in measurements) for status in ("ok", "oom", "unsupported", "error")},
-        "noise_floor_forward_backward": floor,
-        "noise_floor_forward": noise_floor(measurements, "forward"),
-        "noise_floor_backward": noise_floor(measurements, "backward"),
-    }
+    for cell, ran in cells.items():
+        lines += ["", cell]
+        ran.sort(key=lambda row: float(row["value"]))
+        named = [row for row in ran if row["backend"] != "auto"]
+        for row in ran:
+            ms, fastest = float(row["value"]), float(ran[0]["value"])
+            verdict = f"{ms / fastest:.2f} x the fastest"
+            if row is ran[0]:
+                verdict = "fastest"
+            elif floor is not None:
+                noise = max(floor, *(case_noise(round_medians(one)) or 0.0 for one in (row, ran[0])))
+                verdict = "no difference to the fastest" if ms / fastest - 1 < noise else verdict
+            label = row["backend"] + (f" -> {row['chosen_backend']}" if row["backend"] == "auto" else "")
+            rate = find("throughput", cell, row["backend"])
+            peak = find("peak_memory_above_inputs", cell, row["backend"])
+            lines.append(f"  {label:<22}{ms:>11.3f} ms{rate:>9.3g} TFLOP/s{peak:>9.3f} GiB  {verdict}")
+            if row["backend"] == "auto" and named:
+                auto.append((ms / float(named[0]["value"]) - 1, cell))
+        lines += [f"  {row['backend']:<22}{row['status']}: {row['reason']}" for row in failed.get(cell, [])]
+    statuses = {(row_cell(row), row["backend"]): row["status"] for row in rows}
+    headline: dict[str, Any] = {"cases": len(statuses)}
+    headline |= {name: list(statuses.values()).count(name) for name in ("ok", "oom", "unsupported", "error")}
+    headline |= {f"noise_floor_{direction}": value for direction, value in floors.items()}
     if auto:
         worst, where = max(auto)
         headline |= {"auto_behind_fastest_at_most": worst, "auto_worst_cell": where}
         lines += ["", f"auto is behind the fastest kernel by at most {100 * worst:.1f} % ({where})"]
     return "\n".join(lines) + "\n", headline
+
+
+def write_summary(run: RunFolder, lines: list[str]) -> tuple[str, dict[str, Any]]:
+    """Write summary.txt: `lines` and, where there is a results.csv, what `summarise` makes of it.
+
+    Returns:
+        (the text, the headline numbers).
+    """
+    text, headline = summarise(read_results(run.path)) if (run.path / "results.csv").is_file() else ("", {})
+    text = "\n\n".join(part for part in ("\n".join(lines), text) if part)
+    write_atomically(run.path / "summary.txt", text.rstrip("\n") + "\n")
+    return text, headline
+
+
+def summarise_again(folder: str) -> dict[str, Any]:
+    """Make summary.txt, the headline numbers and the figures of an earlier run anew from its results.csv.
+
+    Raises:
+        SettingsError: not a folder of this benchmark.
+    """
+    run = RunFolder(Path(folder))
+    try:
+        run.info = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+        studies = {
+            name: run.info["results"][name] for name in ("break_even", "overhead") if name in run.info["results"]
+        }
+        _, headline = write_summary(run, study_lines(studies))
+        run.update(results=headline | studies)
+        for path in plot_sweep(run.path) if (run.path / "results.csv").is_file() else []:
+            print(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"--summarise {folder}: it is no finished run of this benchmark ({error!r})") from None
+    return {"run": str(run.path), "status": run.info["status"], **headline}
+
+
+def study_lines(studies: dict[str, Any]) -> list[str]:
+    """The answers of break_even and overhead in words."""
+    lines = [break_even_words(answer) for answer in studies.get("break_even", [])]
+    return lines + [overhead_words(answer) for answer in studies.get("overhead", [])]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -481,7 +548,7 @@ def check_lists(name: str, axes: dict[str, list], dtype: str) -> None:
     sweep_cases(axes | {"window": [-1]}, dtype)
 
 
-def run_break_even(bench: Bench, axes: dict[str, list]) -> tuple[list[Measurement], list[dict[str, Any]], list[str]]:
+def run_break_even(bench: Bench, axes: dict[str, list]) -> tuple[list[Measurement], list[dict[str, Any]]]:
     """`break_even` with the lists of the experiment."""
     base = sweep_cases(axes | {"window": [-1]}, bench.dtype)[0]
 
@@ -509,33 +576,33 @@ def run_sweep(
         rows = [row for m in known for row in csv_rows(name, m, environment)]
         write_csv(run.path / "results.csv", rows)
 
-    extra: dict[str, Any] = {}
-    lines: list[str] = []
+    studies: dict[str, Any] = {}
     try:
         if name == "overhead":
-            extra["overhead"], lines = overhead(bench, sweep_cases(axes, bench.dtype))
+            studies["overhead"] = overhead(bench, sweep_cases(axes, bench.dtype))
         elif name == "break_even":
-            known, extra["break_even"], lines = run_break_even(bench, axes)
+            known, studies["break_even"] = run_break_even(bench, axes)
             keep(known)
         else:
             bench.measure_all(sweep_cases(axes, bench.dtype), keep)
     except BaseException as error:
         run.update(status="interrupted" if isinstance(error, KeyboardInterrupt) else "error", finished_at=now())
         raise
-    text, headline = summarise(measurements) if measurements else ("", {})
-    text = "\n".join(lines) + ("\n\n" if lines and text else "\n" if lines else "") + text
-    write_atomically(run.path / "summary.txt", text)
+    text, headline = write_summary(run, study_lines(studies))
     print(text if text.count("\n") < 100 else f"{text[: text.index(chr(10))]}\n... {run.path / 'summary.txt'}")
-    run.update(status="ok", results=headline | extra, seconds=round(time.perf_counter() - begin, 1), finished_at=now())
-    if measurements:
-        for path in plot_sweep(run.path):
-            print(path)
+    run.update(status="ok", results=headline | studies, seconds=round(time.perf_counter() - begin, 1))
+    run.update(finished_at=now())
+    for path in plot_sweep(run.path) if measurements else []:
+        print(path)
     return {"run": str(run.path), "status": "ok", **headline}
 
 
 def main() -> int:
     """Run the experiments of `--sweep` one after another."""
     settings = parse_settings(Settings)
+    if settings.summarise is not None:
+        print(json.dumps(summarise_again(settings.summarise)))
+        return 0
     names = [word.strip() for word in settings.sweep.split(",") if word.strip()]
     names = [name for name in GPU_SWEEPS if name != "custom"] if names == ["all"] else names
     for name in names:

@@ -70,7 +70,7 @@ def cell_name(case: Case) -> str:
     """The case without its backend, in words."""
     parts = [f"batch {case.batch_size}, context {case.context_length}, {case.num_heads} heads of {case.head_dim}"]
     parts.append("causal" if case.causal else "not causal")
-    if case.window != FULL:
+    if tuple(case.window) != FULL:
         parts.append(f"window {case.window[0]}")
     return ", ".join([*parts, case.layout, case.dtype])
 
@@ -520,12 +520,25 @@ def median(measurement: Measurement, direction: str) -> float:
     return percentile([ms for times in measurement.rounds for ms in times[direction]], 50)
 
 
-def round_differences(measurement: Measurement, direction: str) -> list[float]:
-    """How far the medians of two rounds of the same case lie apart, relative to the smaller: one for each pair."""
-    medians = [percentile(times[direction], 50) for times in measurement.rounds]
+def differences(medians: list[float]) -> list[float]:
+    """How far the medians of two rounds lie apart, relative to the smaller: one for each pair of rounds."""
     return [abs(a - b) / min(a, b) for a, b in combinations(medians, 2)]
 
 
-def noise_floor(measurements: list[Measurement], direction: str) -> float | None:
-    """95th percentile of the differences between rounds of the same case; None with one round."""
-    return percentile([d for m in measurements for d in round_differences(m, direction)], 95)
+def round_differences(measurement: Measurement, direction: str) -> list[float]:
+    """`differences` between the rounds of a case."""
+    return differences([percentile(times[direction], 50) for times in measurement.rounds])
+
+
+def case_noise(medians: list[float]) -> float | None:
+    """How far two rounds of a case typically lie apart: the median over all pairs; None with one round.
+
+    The median, because a single round that met a hiccup of the host does not move the reported median either.
+    """
+    return percentile(differences(medians), 50)
+
+
+def noise_floor(cases: list[list[float]]) -> float | None:
+    """95th percentile of the noise of all cases, each given as the medians of its rounds; None with one round."""
+    noises = [case_noise(medians) for medians in cases]
+    return percentile([noise for noise in noises if noise is not None], 95)

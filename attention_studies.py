@@ -14,7 +14,7 @@ own documentation does, block by block in turn, with the host's time in it.
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def break_even(
     windows: list[int],
     backends: list[str],
     batch_of: Callable[[int], int],
-) -> tuple[list[Measurement], list[dict[str, Any]], list[str]]:
+) -> tuple[list[Measurement], list[dict[str, Any]]]:
     """Bisect for contexts: fused against eager, and a window against the full mask of the same and the fastest kernel.
 
     Args:
@@ -97,7 +97,7 @@ def break_even(
         batch_of: the batch at a context.
 
     Returns:
-        (all measurements, one answer a question for run.json, the same in words).
+        (all measurements, one answer a question).
     """
     known: dict[Case, Measurement] = {}
 
@@ -138,22 +138,28 @@ def break_even(
             question = f"{windowed} with window {window} faster than without, {words}"
             new = replace(base, backend=windowed, window=(window, 0), causal=True)
             questions.append((question, new, replace(base, backend=other, causal=True), grid, 128))
-    found, lines = [], []
+    found = []
     for question, new, old, grid, step in tqdm(questions, unit="question", desc="break-even"):
         refused = [reason_against(bench, case.backend, case.window) for case in (new, old)]
         refused = [reason for reason in refused if reason is not None]
         if refused or not grid:
             answer = {"low": None, "high": None, "status": "unsupported", "reason": (refused or ["no context fits"])[0]}
-            words = f"unsupported: {answer['reason']}"
         else:
             low, high = find_break_even(compare(new, old), grid, step)
             answer = {"low": low, "high": high, "status": "ok", "reason": ""}
-            words = f"from {high} on (not yet at {low})" if high is not None else f"never up to {low}"
-            words = f"everywhere from {high} on, the smallest tried" if low is None else words
         found.append({"question": question, "backend": new.backend, "window": new.window[0], **answer})
         found[-1] |= {"against": old.backend, "grid": grid, "step": step}
-        lines.append(f"{question}: {words}")
-    return list(known.values()), found, lines
+    return list(known.values()), found
+
+
+def break_even_words(answer: dict[str, Any]) -> str:
+    """One answer of `break_even` as a line."""
+    low, high = answer["low"], answer["high"]
+    words = f"{answer['status']}: {answer['reason']}"
+    if answer["status"] == "ok":
+        words = f"from {high} on (not yet at {low})" if high is not None else f"never up to {low}"
+        words = f"everywhere from {high} on, the smallest tried" if low is None else words
+    return f"{answer['question']}: {words}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -175,20 +181,19 @@ def direct_call(case: Case, inputs: list[torch.Tensor]) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal).transpose(1, 2)
 
 
-def overhead(bench: Bench, cases: list[Case]) -> tuple[list[dict[str, Any]], list[str]]:
+def overhead(bench: Bench, cases: list[Case]) -> list[dict[str, Any]]:
     """Wall time of forward and backward through the seam and called directly, block by block in turn.
 
     Many short blocks, each synchronised, so host and device count; the direct call against itself is the noise.
 
     Returns:
-        (one answer a case for run.json, the same in words).
+        One answer a case.
     """
-    found, lines = [], []
+    found = []
     for case in tqdm(cases, unit="case", desc="overhead"):
         reason = reason_against(bench, case.backend)
         if reason is not None or case.backend not in ("flash_attn", "sdpa", *SDPA_KERNELS):
             found.append(asdict(case) | {"status": "unsupported", "reason": reason or "there is no direct call for it"})
-            lines.append(f"{case.backend:<12} unsupported: {found[-1]['reason']}")
             continue
         clean(bench.device)
         inputs, upstream = make_inputs(case, bench.device)
@@ -221,8 +226,16 @@ def overhead(bench: Bench, cases: list[Case]) -> tuple[list[dict[str, Any]], lis
             }
             | {"overhead": seam / direct - 1, "noise": abs(again / direct - 1)}
         )
-        lines.append(
-            f"{case.backend:<12}{cell_name(case)}: direct {direct:.4f} ms, through attention.py {seam:.4f} ms, "
-            f"{100 * (seam / direct - 1):+.2f} % (the direct call against itself: {100 * (again / direct - 1):+.2f} %)"
-        )
-    return found, lines
+    return found
+
+
+def overhead_words(answer: dict[str, Any]) -> str:
+    """One answer of `overhead` as a line."""
+    case = Case(**{field.name: answer[field.name] for field in fields(Case)})
+    if answer["status"] != "ok":
+        return f"{case.backend:<12}{cell_name(case)}: {answer['status']}: {answer['reason']}"
+    return (
+        f"{case.backend:<12}{cell_name(case)}: direct {answer['direct_ms']:.4f} ms, through attention.py "
+        f"{answer['seam_ms']:.4f} ms, {100 * answer['overhead']:+.2f} % (the direct call against itself: "
+        f"{100 * answer['noise']:.2f} %)"
+    )

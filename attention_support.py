@@ -233,12 +233,12 @@ def choose_backend(
 ) -> tuple[str, str]:
     """The backend that `auto` means, and why: the first of a short measured list that can run.
 
-    Measured on an H100 (outputs/attention_benchmark). Without a window cuDNN's kernel is the fastest of all, with two
-    exceptions. Up to a context of 128 (64 without a backward pass) the memory-efficient kernel wins, whose tiles are
-    the smallest. And where training takes q, k and v out of one packed tensor and the context is short, the copy that
-    joins the three gradients costs more than cuDNN gains; flash-attn's packed kernel writes them in place. With a
-    window flash-attn skips tiles best. Other GPUs have not been measured; their order is that of the FlashAttention-2
-    paper.
+    Measured on an H100 (outputs/attention_benchmark; a test holds the rule against those numbers). Without a window
+    cuDNN's kernel is the fastest of all, with two exceptions. Up to a context of 128 (64 without a backward pass) the
+    memory-efficient kernel wins, whose tiles are the smallest. And where training takes q, k and v out of one packed
+    tensor and the context is a few whole tiles of 128, the copy that joins the three gradients costs more than cuDNN
+    gains; flash-attn's packed kernel writes them in place. With a window flash-attn skips tiles best. Other GPUs have
+    not been measured; their order is that of the FlashAttention-2 paper.
 
     Args:
         tokens: length of a sequence.
@@ -255,12 +255,12 @@ def choose_backend(
         candidates, why = ["eager"], "the only one with a window that trains without a GPU"
     elif device.type != "cuda":
         candidates, why = ["sdpa"], "PyTorch's choice without a GPU"
+    elif hopper and packed and training and tokens % 128 == 0 and tokens <= (512 if causal else 256):
+        candidates = ["flash_attn", "sdpa_cudnn", "sdpa_flash"]
+        why = "short context: flash-attn's packed kernel spares joining the gradients of q, k and v"
     elif hopper and tokens <= (128 if training else 64):
         candidates = ["sdpa_efficient", "sdpa_cudnn", "flash_attn", "sdpa_flash"]
         why = "fastest first on Hopper at so short a context"
-    elif hopper and packed and training and tokens <= (512 if causal else 256):
-        candidates = ["flash_attn", "sdpa_cudnn", "sdpa_flash"]
-        why = "short context: flash-attn's packed kernel spares joining the gradients of q, k and v"
     elif hopper:
         candidates, why = ["sdpa_cudnn", "flash_attn", "sdpa_flash"], "fastest first on Hopper"
     else:

@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from plot import BLUE, DPI, GREEN, GREY, ORANGE, RED, WIDTH_INCHES, RunFolderError, save, short
+from plot import BLUE, DPI, GREEN, GREY, ORANGE, RED, WIDTH_INCHES, RunFolderError, save
 
 # One look a kernel in every figure; the markers repeat what the colours say.
 STYLES = {
@@ -103,10 +103,14 @@ def constant_words(rows: Sequence[Row], varied: Sequence[str]) -> str:
         "batch_size": "batch {}",
         "context_length": "context {}",
         "num_heads": "{} heads",
-        "head_dim": "of width {}",
+        "head_dim": "heads of width {}",
         "layout": "{} q, k, v",
     }
     parts = [text.format(rows[0][name]) for name, text in words.items() if len(different(rows, name)) == 1]
+    both = [part for part in parts if " heads" in part or part.startswith("heads of")]
+    if len(both) == 2:
+        parts[parts.index(both[0])] = f"{rows[0]['num_heads']} {both[1]}"
+        parts.remove(both[1])
     if "causal" not in varied:
         parts.append("causal" if rows[0]["causal"] == "true" else "not causal")
     return ", ".join(part for part in parts if part)
@@ -125,6 +129,14 @@ def new_grid(
     return figure, axes
 
 
+def logarithmic_ticks(ax: Axes) -> None:
+    """A logarithmic y axis labelled at 1, 2 and 5."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
 def set_scale(
     ax: Axes, places: Sequence[float], labels: Sequence[str], logarithmic_x: bool, logarithmic_y: bool
 ) -> None:
@@ -137,9 +149,7 @@ def set_scale(
         ax.set_xlim(min(places) - 0.4, max(places) + 0.4)
     ax.set_xticks(places, labels, fontsize=8.5, rotation=45 if len(labels) > 6 else 0)
     if logarithmic_y:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        logarithmic_ticks(ax)
     else:
         ax.set_ylim(bottom=0)
 
@@ -218,11 +228,21 @@ def sweep_figures(rows: list[Row]) -> dict[str, Figure]:
         logarithmic = all(label.isdigit() for label in labels) and len(labels) > 1
         places = {label: float(label) if logarithmic else float(i) for i, label in enumerate(labels)}
         for line, (metric, (words, logarithmic_y)) in enumerate(PANELS.items()):
+            measured = [
+                float(row["value"])
+                for row in chosen
+                if row["metric"] == metric and row["direction"] == "forward_backward" and row["value"]
+            ]
+            if measured and max(measured) < 4 * min(measured):
+                logarithmic_y = False  # a logarithmic axis would blow up what hardly differs
             for column, panel in enumerate(panels):
                 ax = axes[line][column]
                 shown = [row for row in chosen if not columns or row[columns] == panel]
                 draw_lines(ax, shown, x, metric, places)
                 set_scale(ax, list(places.values()), labels, logarithmic, logarithmic_y)
+                if any(row["status"] == "oom" for row in chosen) and column == len(panels) - 1:
+                    low, high = ax.get_ylim()  # shared by the line of panels: room for the crosses
+                    ax.set_ylim(low, high * 3 if logarithmic_y else high * 1.25)
                 if line == 0 and columns:
                     name = "no window" if panel == "none" else f"{AXES.get(columns, columns).split(' (')[0]} {panel}"
                     ax.set_title(name, fontsize=9.5)
@@ -283,7 +303,8 @@ def window_map(rows: list[Row]) -> Figure | None:
         return None
     title = f"What a window saves, forward and backward: {constant_words(rows, [])}"
     figure = Figure(figsize=(WIDTH_INCHES, 1.4 + 1.55 * len(maps)), dpi=DPI, layout="constrained")
-    figure.suptitle(f"{title}\n{caption(rows)}", fontsize=10, x=0.01, ha="left")
+    subtitle = caption(rows).replace("; bars: 20th to 80th percentile", "")
+    figure.suptitle(f"{title}\n{subtitle}", fontsize=10, x=0.01, ha="left")
     axes = figure.subplots(len(maps), 1, squeeze=False, sharex=True)[:, 0]
     norm = TwoSlopeNorm(1.0, 0.0, 2.0)
     for ax, (name, grid) in zip(axes, maps, strict=True):
@@ -296,7 +317,7 @@ def window_map(rows: list[Row]) -> Figure | None:
         ax.set_ylabel("window")
         ax.set_xticks(range(len(contexts)), contexts)
     axes[-1].set_xlabel("context (tokens); empty: the window hides nothing there")
-    figure.colorbar(image, ax=list(axes), label="time with the window / time without", shrink=0.8)
+    figure.colorbar(image, ax=list(axes), label="time / time without", shrink=0.9)
     return figure
 
 
@@ -315,7 +336,7 @@ def break_even_figure(rows: list[Row]) -> Figure:
             if against in times:
                 lines[panel].setdefault(name, []).append((int(key[place]), ms / times[against]))
     lines = [panel for panel in lines if panel]
-    words = f"{rows[0]['num_heads']} heads of width {rows[0]['head_dim']}, {rows[0]['layout']} q, k, v"
+    words = constant_words([row for row in rows if row["window"] == "none"], [])
     title = f"From which context on it pays, forward and backward: {words}"
     figure = Figure(figsize=(WIDTH_INCHES, 5.0), dpi=DPI, layout="constrained")
     figure.suptitle(
@@ -334,10 +355,7 @@ def break_even_figure(rows: list[Row]) -> Figure:
         ax.set_xscale("log")
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticks(powers, [str(power) for power in powers], rotation=45, fontsize=8.5)
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.tick_params(axis="y", which="minor", labelsize=7.5)
+        logarithmic_ticks(ax)
         windowed = any("window" in name for name in panel)
         against = "that of the same kernel without it" if windowed else "that of eager"
         ax.set(xlabel="context (tokens)", ylabel=f"time / {against}")

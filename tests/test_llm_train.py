@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
 import attention
+import attention_support
 import dataset
 import llm_plan
 import llm_train
@@ -224,7 +225,7 @@ def test_flash_attention_at_the_largest_batch(workplace):
     assert run.info["precision"] == "bf16"
     assert run.info["model"]["attention_backend"] == "sdpa_flash"
     assert "scaled_dot_product_flash_attention" in run.info["attention_kernel"]
-    assert "attention_backend sdpa_flash (flash-attn needs an NVIDIA GPU)" in run.stdout
+    assert "attention_backend sdpa_flash (flash_attn needs an NVIDIA GPU)" in run.stdout
 
 
 # --- A search ---------------------------------------------------------------------------------------------------------
@@ -474,7 +475,10 @@ WRONG = {  # settings, what the sentence names
     "negative seed": ({"seed": -1}, "--seed"),
     "negative split seed": ({"split_seed": -1}, "--split_seed"),
     "window of sdpa": ({"attention_window": "4,0"}, "attention_window"),
-    "window of PyTorch's flash kernel": ({"attention_window": "4,0", "use_flash_attention": True}, "attention_window"),
+    "window of a flash kernel on a CPU": (
+        {"attention_window": "4,0", "use_flash_attention": True},
+        "--use_flash_attention true cannot run here: flash_attn needs an NVIDIA GPU; varlen needs an NVIDIA GPU",
+    ),
     "window of one number": ({"attention_window": "4", "attention_backend": "eager"}, "--attention_window"),
     "window that hides nothing": ({"attention_window": "31,0", "attention_backend": "eager"}, "--attention_window"),
     "window after the query": ({"attention_window": "4,2", "attention_backend": "eager"}, "--attention_window"),
@@ -488,6 +492,9 @@ WRONG = {  # settings, what the sentence names
     "window below -1": ({"attention_window": "-2,0", "attention_backend": "eager"}, "--attention_window"),
     "window of words": ({"attention_window": "a,b", "attention_backend": "eager"}, "--attention_window"),
     "flash-attn on a CPU": ({"attention_backend": "flash_attn"}, "--attention_backend"),
+    "training with flex on a CPU": ({"attention_backend": "flex"}, "--attention_backend flex"),
+    "dropout of varlen": ({"attention_backend": "varlen", "dropout": 0.1}, "set --dropout 0"),
+    "unknown kernel": ({"attention_backend": "flash"}, "--attention_backend"),
     "two kernels": ({"attention_backend": "sdpa", "use_flash_attention": True}, "--attention_backend"),
     "tf32 on a CPU": ({"precision": "tf32"}, "--precision"),
     "two precisions": ({"precision": "fp16", "use_fp16": True}, "--use_fp16"),
@@ -577,19 +584,24 @@ def test_resume_with_other_text(train, workplace):
 
 
 @pytest.fixture
-def gpu(monkeypatch) -> Callable[..., None]:
-    """gpu((9, 0)) makes torch claim to see such a GPU, with or without the flash-attn package."""
+def gpu(monkeypatch) -> Iterator[Callable[..., None]]:
+    """gpu((9, 0)) makes torch claim to see such a GPU, with or without the flash-attn package and varlen's window."""
 
-    def pretend(capability: tuple[int, int], flash_attn: bool = False) -> None:
+    def pretend(capability: tuple[int, int], flash_attn: bool = False, varlen: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Pretended GPU")
         properties = SimpleNamespace(total_memory=80 * GIB)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         reason = None if flash_attn else "flash-attn is not installed; uv sync --extra flash"
-        monkeypatch.setattr(attention, "flash_attn_error", lambda: reason)
+        monkeypatch.setattr(attention_support, "flash_attn_error", lambda: reason)
+        monkeypatch.setattr(attention_support, "varlen_error", lambda: None if varlen else "varlen needs torch 2.11")
+        monkeypatch.setattr(attention_support, "pytorch_refusal", lambda *args: None)
+        choose_backend.cache_clear()
 
-    return pretend
+    choose_backend = attention_support.choose_backend
+    yield pretend
+    choose_backend.cache_clear()  # of what it found out about GPUs that are not there
 
 
 @pytest.mark.parametrize(
@@ -604,11 +616,20 @@ def gpu(monkeypatch) -> Callable[..., None]:
         ((7, 5), {"use_flash_attention": True, "precision": "fp16"}, "--use_flash_attention"),
         ((9, 0), {"attention_backend": "flash_attn", "precision": "bf16"}, "uv sync --extra flash"),
         ((9, 0), {"attention_backend": "sdpa_flash"}, "--precision"),
-        ((9, 0), {"use_flash_attention": True, "attention_window": "64,0"}, "uv sync --extra flash"),
+        (
+            (9, 0),
+            {"use_flash_attention": True, "attention_window": "64,0"},
+            "uv sync --extra flash; varlen needs torch",
+        ),
+        (
+            (9, 0),
+            {"attention_backend": "varlen", "precision": "bf16", "attention_window": "64,0"},
+            "varlen needs torch",
+        ),
     ],
 )
 def test_what_a_gpu_cannot_run_is_an_error(gpu, capability, settings, named):
-    gpu(capability)
+    gpu(capability, varlen=False)
     with pytest.raises(SettingsError, match=named):
         llm_train.make_plan(llm_train.Settings(**settings))
 
@@ -620,11 +641,73 @@ def test_plans_for_a_gpu(gpu):
     assert (plan.precision, plan.model.attention_backend) == ("bf16", "sdpa_flash")
     assert any("uv sync --extra flash" in note for note in plan.notes)
     assert llm_train.make_plan(llm_train.Settings(precision="tf32")).precision == "tf32"
+    plan = llm_train.make_plan(llm_train.Settings(use_flash_attention=True, attention_window="64,0"))
+    assert (plan.model.attention_backend, plan.model.attention_window) == ("varlen", (64, 0))
+    assert any("attention_backend varlen (flash-attn is not installed" in note for note in plan.notes)
     gpu((8, 0), flash_attn=True)
     plan = llm_train.make_plan(llm_train.Settings(use_flash_attention=True, attention_window="64,0"))
     assert (plan.model.attention_backend, plan.model.attention_window) == ("flash_attn", (64, 0))
     assert llm_train.default_run_name(llm_train.Settings(), plan) == "gpt2-bf16-flash_attn-window-(64,0)-batch-64"
     assert llm_train.make_plan(llm_train.Settings(device="cpu")).model_size == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("capability", "flash_attn", "settings", "expected"),
+    [
+        ((9, 0), True, {"precision": "bf16"}, "flash_attn"),  # gpt2: 256 tokens, of one packed tensor
+        ((9, 0), True, {"precision": "bf16", "context_length": 512}, "flash_attn"),
+        ((9, 0), True, {"precision": "bf16", "context_length": 513}, "sdpa_cudnn"),
+        ((9, 0), False, {"precision": "bf16"}, "sdpa_cudnn"),
+        ((9, 0), True, {"precision": "fp32"}, "sdpa_efficient"),
+        ((9, 0), True, {"precision": "tf32"}, "sdpa_efficient"),
+        ((9, 0), True, {"use_fp16": True, "attention_window": "64,0"}, "flash_attn"),
+        ((9, 0), False, {"use_fp16": True, "attention_window": "64,0"}, "varlen"),
+        ((9, 0), False, {"use_fp16": True, "attention_window": "64,0", "dropout": 0.1}, "eager"),
+        ((8, 0), True, {"precision": "fp16"}, "flash_attn"),
+        ((8, 0), False, {"precision": "fp16"}, "sdpa_flash"),
+    ],
+)
+def test_auto_becomes_one_kernel(gpu, capability, flash_attn, settings, expected):
+    gpu(capability, flash_attn)
+    plan = llm_train.make_plan(llm_train.Settings(attention_backend="auto", **settings))
+    assert plan.model.attention_backend == expected
+    assert sum(note.startswith(f"--attention_backend auto: {expected} (") for note in plan.notes) == 1
+    assert any("saves nothing" in note for note in plan.notes) == (expected == "eager")
+    name = llm_train.default_run_name(llm_train.Settings(attention_backend="auto"), plan)
+    assert name.startswith(f"gpt2-{plan.precision}-{expected}-")
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flex", "flash_attn_3", "flash_attn_4"])
+def test_kernels_without_dropout(gpu, backend):
+    gpu((9, 0), flash_attn=True)
+    sentence = f"--attention_backend {backend} cannot run here: {backend} has no attention dropout; set --dropout 0"
+    for window in (None, "64,0"):
+        settings = {"attention_backend": backend, "precision": "bf16", "attention_window": window}
+        with pytest.raises(SettingsError, match=sentence):
+            llm_train.make_plan(llm_train.Settings(dropout=0.1, **settings))
+    if backend == "varlen":
+        assert llm_train.make_plan(llm_train.Settings(**settings)).model.attention_backend == "varlen"
+
+
+def test_flash_attention_with_a_window_and_dropout(gpu):
+    settings = llm_train.Settings(use_flash_attention=True, attention_window="64,0", dropout=0.1)
+    gpu((9, 0), flash_attn=True)
+    assert llm_train.make_plan(settings).model.attention_backend == "flash_attn"
+    gpu((9, 0))
+    with pytest.raises(SettingsError, match="uv sync --extra flash; varlen has no attention dropout"):
+        llm_train.make_plan(settings)
+
+
+def test_auto_of_a_run(train, base):
+    """On a CPU it is sdpa, and eager with a window; the run says so and trains the same."""
+    run = train(attention_backend="auto")
+    assert "--attention_backend auto: sdpa (PyTorch's choice without a GPU)" in run.stdout
+    assert run.info["settings"]["attention_backend"] == "auto"
+    assert run.info["model"] == base.info["model"]
+    assert (run.losses, run.path.name) == (base.losses, base.path.name)
+    run = train(attention_backend="auto", attention_window="4,0")
+    assert "--attention_backend auto: eager (" in run.stdout
+    assert run.info["model"]["attention_backend"] == "eager"
 
 
 @pytest.mark.parametrize("size", MODEL_SIZES)
