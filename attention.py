@@ -21,6 +21,7 @@ Sources: Dao 2023, FlashAttention-2, arXiv 2307.08691; Beltagy et al. 2020, Long
 """
 
 import functools
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -211,6 +212,9 @@ def _use_flash_implementation(wanted: str | None) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+KERNEL_ERRORS = (RuntimeError, ImportError, ValueError, TypeError, AttributeError)  # what a kernel's refusal looks like
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -271,14 +275,11 @@ def attention(
             return _sdpa("sdpa_flash", q, k, v, causal, dropout_p, softmax_scale)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ImportError, ValueError, TypeError, AttributeError) as error:
+    except KERNEL_ERRORS as error:
         # Only now, when it went wrong, is it worth the time to find out why.
         reason = _refusal(backend, q, k, v, causal, window, dropout_p)
         if reason is None and any(x.stride(-1) != 1 for x in (q, k, v)):
-            reason = (
-                "the numbers of a head do not lie side by side in memory (stride of the last dimension); copy q, k "
-            )
-            reason += "and v with .contiguous() first"
+            reason = "the numbers of a head must lie side by side in memory; copy q, k and v with .contiguous() first"
         if reason is None:
             raise
         raise SettingsError(f"attention_backend {backend} cannot run here: {reason}") from error
@@ -319,7 +320,7 @@ def packed_attention(
             )
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except KERNEL_ERRORS as error:
             reason = _refusal(backend, qkv, qkv, qkv, causal, window, dropout_p)
             if reason is None:
                 raise
@@ -331,9 +332,10 @@ def packed_attention(
 
 
 def _kernel_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which x reaches a kernel: that of autocast where it is on."""
+    """The dtype in which x reaches a kernel: that of autocast where it is on (which leaves fp64 alone)."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 def _auto(x, inputs, causal, window, dropout_p, packed):
@@ -382,6 +384,8 @@ class KernelObserver(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
+        if "_safe_softmax" in name:  # only PyTorch's unfused scaled_dot_product_attention calls it
+            self.kernels.add("scaled_dot_product_attention, unfused (matmul, softmax, matmul)")
         if any(sign in name for sign in self.SIGNS) and "backward" not in name:
             implementation = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
             replaced = name.startswith(("aten.", "torch_attn.")) and ("flash" in name or "varlen" in name)
@@ -436,7 +440,8 @@ def print_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> li
             able.append(backend)
         print(f"  {backend:<15}{'runs: ' + what if reason is None else 'cannot run: ' + reason}")
     if flash_attn_error() is not None:
-        print(f"  a flash-attn wheel for this Python and torch would be called {flash_attn_wheel()}")
+        print(f"  flash-attn package: {flash_attn_error()}")
+        print(f"  its wheel for this Python and torch, if there is one, is called {flash_attn_wheel()}")
     for label, window in (("no window", FULL), ("a window", (64, 0))):
         choice, why = choose_backend(device, dtype, window, head_dim, tokens=1024)
         print(f"  auto with {label} (context 1024, training): {choice} ({why})")
@@ -452,18 +457,26 @@ def main() -> int:
     context_length = context_length if settings.context_length is None else settings.context_length
     if min(batch_size, context_length, settings.num_heads, settings.head_dim) < 1:
         raise SettingsError("--batch_size, --context_length, --num_heads and --head_dim must be at least 1")
-    if settings.seconds <= 0:
+    if not (settings.seconds > 0 and math.isfinite(settings.seconds)):
         raise SettingsError("--seconds must be positive")
     dtype = DTYPES[settings.dtype]
     shape = (batch_size, context_length, settings.num_heads, settings.head_dim)
     able = print_support(device, dtype, settings.head_dim)
 
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
-    reference = eager_attention(*(x[:1].float() for x in inputs[:3]), True, FULL, 0.0, None)  # of the first sequence
+    try:
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
+        first = [x[:1].float() for x in inputs[:3]]
+        reference = eager_attention(*first, True, FULL, 0.0, None)  # of the first sequence
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reference = None
+    if reference is None:
+        raise SettingsError("the reference does not fit into memory; lower --context_length or --batch_size")
     print(f"\n{settings.dtype}, causal, batch {shape[0]}, context {shape[1]}, {shape[2]} heads of {shape[3]}")
     print(f"{'':<15}{'forward and backward, ms':>26}")
-    print(f"{'backend':<15}{'median':>10}{'20th-80th':>16}{'n':>6}{'peak MiB':>10}{'error':>10}  kernel")
+    print(f"{'backend':<15}{'median':>10}{'20th-80th':>16}{'n':>6}{'peak MiB':>10}{'out error':>10}  kernel")
     for backend in able:
         try:
             print(table_row(backend, inputs, reference, settings.seconds / len(able)))

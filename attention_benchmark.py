@@ -13,8 +13,9 @@ context from which fused attention beats eager, and a window the full mask; `ove
 calling the kernel directly. A flag replaces the list of the experiment.
 
 How a case is measured is in `attention_measure.py`. Every case is measured `--rounds` times, each round in another
-random order: how far it differs from itself from round to round is its noise, and the 95th percentile over all cases is
-the noise floor of the experiment. The summary calls a smaller difference "no difference".
+random order: the median difference between two of its rounds is its noise, and the 95th percentile over all cases the
+noise floor of the experiment, unless cases that ran the same kernel under two names lie further apart. The summary
+calls a smaller difference "no difference".
 
 Leaves outputs/attention_benchmark/<experiment>/: results.csv (one row for each case and metric), summary.txt, run.json
 and figures. The last line on standard output is one JSON object.
@@ -42,6 +43,7 @@ from attention_measure import (
     attention_flops,
     case_noise,
     cell_name,
+    differences,
     noise_floor,
 )
 from attention_studies import break_even, break_even_words, overhead, overhead_words
@@ -165,7 +167,7 @@ class Settings:
     sweep: str = setting("comparison", f"experiments by name: {', '.join(GPU_SWEEPS)}, or all")
     backends: str | None = setting(None, "kernels to compare: auto, " + ", ".join(BACKENDS))
     batch_size: str | None = setting(None, "sequences")
-    tokens: str | None = setting(None, "tokens in the batch, instead of batch_size")
+    tokens: str | None = setting(None, "instead of batch_size, which becomes tokens // context_length (at least 1)")
     context_length: str | None = setting(None, "tokens in a sequence")
     num_heads: str | None = setting(None, "heads")
     head_dim: str | None = setting(None, "width of a head")
@@ -423,6 +425,19 @@ def round_medians(row: dict[str, str]) -> list[float]:
     return [float(value) for value in row["rounds"].split(";")]
 
 
+def same_kernel_differences(rows: list[dict[str, str]]) -> list[float]:
+    """A/A pairs across names: in a cell `auto`, `sdpa` and the kernel forced by name often run the same fused kernel.
+
+    Returns:
+        How far the times of each such pair lie apart, relative to the smaller.
+    """
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if "attn" in row["operator"] or "attention" in row["operator"]:
+            groups.setdefault((row_cell(row), row["operator"]), []).append(float(row["value"]))
+    return [difference for values in groups.values() for difference in differences(values)]
+
+
 def summarise(rows: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
     """A text for people, cell by cell, and the headline numbers.
 
@@ -434,12 +449,16 @@ def summarise(rows: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
         if row["metric"] == "time":
             times[row["direction"]].append(row)
     floors = {direction: noise_floor([round_medians(row) for row in own]) for direction, own in times.items()}
+    twins = same_kernel_differences(times["forward_backward"])
     floor = floors["forward_backward"]
+    if floor is not None and twins:
+        floor = max(floor, percentile(twins, 95))
     lines = [
         "One round or no result: no noise floor, so differences are not judged. Use --rounds 3."
         if floor is None
-        else f"noise floor of forward and backward: {100 * floor:.1f} % (95 % of the cases differ by less from "
-        "themselves, from round to round); smaller differences are called no difference"
+        else f"noise floor of forward and backward: {100 * floor:.1f} %; a smaller difference is called no difference "
+        f"(95th percentile, the larger one, of the median difference between two rounds of a case, over "
+        f"{len(times['forward_backward'])} cases, and of {len(twins)} pairs of cases that ran the same kernel)"
     ]
 
     def find(metric: str, cell: str, backend: str) -> float:
@@ -475,15 +494,17 @@ def summarise(rows: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
             rate = find("throughput", cell, row["backend"])
             peak = find("peak_memory_above_inputs", cell, row["backend"])
             lines.append(f"  {label:<22}{ms:>11.3f} ms{rate:>9.3g} TFLOP/s{peak:>9.3f} GiB  {verdict}")
-            if row["backend"] == "auto" and named:
+            if row["backend"] == "auto" and named and floor is not None:
                 auto.append((ms / float(named[0]["value"]) - 1, cell))
         lines += [f"  {row['backend']:<22}{row['status']}: {row['reason']}" for row in failed.get(cell, [])]
     statuses = {(row_cell(row), row["backend"]): row["status"] for row in rows}
     headline: dict[str, Any] = {"cases": len(statuses)}
     headline |= {name: list(statuses.values()).count(name) for name in ("ok", "oom", "unsupported", "error")}
     headline |= {f"noise_floor_{direction}": value for direction, value in floors.items()}
+    headline["noise_floor_forward_backward"] = floor
     if auto:
         worst, where = max(auto)
+        worst = max(worst, 0.0)
         headline |= {"auto_behind_fastest_at_most": worst, "auto_worst_cell": where}
         lines += ["", f"auto is behind the fastest kernel by at most {100 * worst:.1f} % ({where})"]
     return "\n".join(lines) + "\n", headline
@@ -574,7 +595,8 @@ def run_sweep(
     def keep(known: list[Measurement]) -> None:
         measurements[:] = known
         rows = [row for m in known for row in csv_rows(name, m, environment)]
-        write_csv(run.path / "results.csv", rows)
+        if rows:  # a study in which nothing can run leaves none
+            write_csv(run.path / "results.csv", rows)
 
     studies: dict[str, Any] = {}
     try:
@@ -584,6 +606,9 @@ def run_sweep(
             known, studies["break_even"] = run_break_even(bench, axes)
             keep(known)
         else:
+            without = [name for name in axes["backends"] if name.startswith("sdpa")]
+            if without and max(axes["window"]) >= 0:
+                print(f"measured without a window only, because they have none: {', '.join(without)}")
             bench.measure_all(sweep_cases(axes, bench.dtype), keep)
     except BaseException as error:
         run.update(status="interrupted" if isinstance(error, KeyboardInterrupt) else "error", finished_at=now())
@@ -612,6 +637,8 @@ def main() -> int:
         raise SettingsError(f"--sweep is empty; choose from {', '.join(GPU_SWEEPS)}, all")
     if settings.run_name and len(names) > 1:
         raise SettingsError("--run_name names one run folder; leave it out or give one --sweep")
+    if settings.run_name and Path(settings.run_name).name != settings.run_name:
+        raise SettingsError(f"--run_name {settings.run_name} must be a plain name, not a path; see --output_folder")
     if settings.rounds < 1:
         raise SettingsError("--rounds must be at least 1")
     if settings.seconds is not None and not (settings.seconds > 0 and math.isfinite(settings.seconds)):

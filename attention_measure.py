@@ -8,7 +8,8 @@
 - **Memory** is what the tracker of the lab sees in one forward and backward in an otherwise empty allocator, in two
   numbers: everything the case holds (inputs and the gradient of the output too), and what comes on top of the inputs.
 - **Time** is the device's: a GPU is first kept busy with a spin kernel while the host queues all repetitions, so that
-  gaps between launches do not count as kernel time. What the host needs to launch one forward and backward is measured
+  gaps between launches do not count as kernel time; a round in which the GPU caught up is queued again with a longer
+  start. What the host needs to launch one forward and backward is measured
   beside it; where that is longer than the kernels, an eager model is bound by the host and no kernel helps.
 - The spin kernel counts clock cycles, so its time also gives the clock of the GPU right after the measured work, to a
   few percent: a power-limited card shows there. Cases whose rounds differ by more than 1.5 % get more rounds.
@@ -41,8 +42,10 @@ from utils import SettingsError, percentile
 TENSORS = ("output", "dq", "dk", "dv")
 DIRECTIONS = ("forward", "backward", "forward_backward")
 PARITY_PAIRS = 8
-UNSETTLED, MORE_ROUNDS = 0.015, 1  # a case whose rounds differ by more gets up to so many times as many more of them
-SPIN_CYCLES = 1_000_000  # about half a millisecond: enough to time the clock to a percent
+UNSETTLED = 0.015  # a case whose rounds differ by more than this
+MORE_ROUNDS = 1  # is measured for that many times the rounds again
+HEAD_STARTS = 3  # tries to queue a round before the GPU catches up with the host
+SPIN_CYCLES = 1_000_000  # about half a millisecond
 
 
 @dataclass(frozen=True)
@@ -282,14 +285,20 @@ class Timer:
         estimate = self.warm_up(warm_up_seconds)
         # At most 25: the GPU's queue takes about a thousand launches before the host has to wait.
         repetitions = min(25, max(5, int(1000 * seconds / estimate)))
-        if self.cuda:
-            # Keeps the GPU busy while the host queues: all repetitions of a short kernel. A long one needs a start
-            # only; idling longer would let a power-limited card run its first repetitions at a higher clock.
-            spin_ms = 2 * estimate * repetitions if estimate < 2 else 5.0
-            torch.cuda._sleep(int(spin_ms * 2e6))  # cycles, at about 2 GHz
-        begin = time.perf_counter()
-        marks = [self.once() for _ in range(repetitions)]
-        host_ms = 1000 * (time.perf_counter() - begin) / repetitions
+        # Keeps the GPU busy while the host queues: all repetitions of a short kernel. A long one needs a start only;
+        # idling longer would let a power-limited card run its first repetitions at a higher clock.
+        spin_ms = 2 * estimate * repetitions if estimate < 2 else 5.0
+        for attempt in range(HEAD_STARTS):
+            if self.cuda:
+                torch.cuda._sleep(int(spin_ms * 2e6))  # cycles, at about 2 GHz
+            begin = time.perf_counter()
+            marks = [self.once() for _ in range(repetitions)]
+            host_ms = 1000 * (time.perf_counter() - begin) / repetitions
+            # Has the GPU caught up? Then it waited for the host, and the times would be the host's.
+            if not self.cuda or not marks[-2][2].query() or attempt == HEAD_STARTS - 1:
+                break
+            self.wait()
+            spin_ms = max(2 * spin_ms, 2 * host_ms * repetitions)
         clock = None
         if self.cuda:
             before = self._mark()
@@ -396,7 +405,7 @@ def measure(
             _time(measurement, device, seconds, warm_up_seconds, first=earlier is None)
     except SettingsError as error:
         measurement.status, message = "unsupported", str(error)
-    except (RuntimeError, MemoryError, ValueError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, MemoryError, ValueError, TypeError) as error:
         measurement.status = "oom" if is_out_of_memory(error) else "error"
         message = f"{type(error).__name__}: {error}"
     # Out of the except block its traceback, and with it the tensors of the failed case, can go.

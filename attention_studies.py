@@ -4,8 +4,9 @@
     python attention_benchmark.py --sweep overhead       runs the second
 
 **Break-even.** On a grid of contexts at a fixed number of tokens, then by bisection: from which context on is a fused
-kernel faster than eager, and a kernel with a window faster than the same kernel, and than the fastest one, without. A
-difference counts if it is larger than that between any two rounds of the same case.
+kernel faster than eager, and a kernel with a window faster than the same kernel, and than cuDNN, without. The batch is
+tokens // context, so between powers of two the tokens are a little fewer, for both sides alike. The rounds of a case
+follow one another; a difference counts if it is larger than that between any two rounds of either case.
 
 **Overhead.** Every model calls `attention.py`; here its forward and backward stand beside the same kernel called as its
 own documentation does, block by block in turn, with the host's time in it.
@@ -35,15 +36,23 @@ from attention_measure import (
     median,
     round_differences,
 )
-from attention_support import FULL, SDPA_KERNELS, unsupported_reason
+from attention_support import SDPA_KERNELS, unsupported_reason
 from utils import percentile
 
 BLOCK, BLOCKS = 5, 70  # repetitions in a block of the overhead study, and blocks of each variant and round
 
 
-def reason_against(bench: Bench, backend: str, window: tuple[int, int] = FULL) -> str | None:
-    """Why a backend cannot train here; None if it can."""
-    return unsupported_reason(backend, bench.device, DTYPES[bench.dtype], window)
+def reason_against(bench: Bench, case: Case) -> str | None:
+    """Why a case cannot train here; None if it can."""
+    if case.backend == "auto":
+        return None
+    return unsupported_reason(
+        case.backend, bench.device, DTYPES[bench.dtype], case.window, case.head_dim, causal=case.causal
+    )
+
+
+class CaseFailed(Exception):
+    """A case of the bisection neither ran nor ran out of memory; holds its measurement."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -112,7 +121,10 @@ def break_even(
             a, b = (time_of(case) for case in at)
             if b.status == "oom" and a.status == "ok":
                 return True
-            if a.status != "ok" or b.status != "ok":
+            for measurement in (a, b):
+                if measurement.status not in ("ok", "oom"):
+                    raise CaseFailed(measurement)
+            if a.status == "oom":
                 return False
             noise = max([*round_differences(a, "forward_backward"), *round_differences(b, "forward_backward"), 0.0])
             return median(a, "forward_backward") < median(b, "forward_backward") * (1 - min(noise, 0.5))
@@ -126,27 +138,31 @@ def break_even(
         grid = [context for context in contexts if context <= limit]
         question = f"{backend} faster than eager"
         questions.append((question, replace(base, backend=backend), replace(base, backend="eager"), grid, 8))
-    windowed = "flash_attn" if reason_against(bench, "flash_attn") is None else "varlen"
+    windowed = "flash_attn" if reason_against(bench, replace(base, backend="flash_attn")) is None else "varlen"
     full = {windowed: "the same kernel"}
-    if reason_against(bench, "sdpa_cudnn") is None:
-        full["sdpa_cudnn"] = "cuDNN, the fastest full kernel on Hopper"
+    if reason_against(bench, replace(base, backend="sdpa_cudnn")) is None:
+        full["sdpa_cudnn"] = "cuDNN"
     for window in windows:
         grid = [context for context in contexts if context > window + 1 and context >= 128]
         for other, words in full.items():
-            if window < 0 or not grid:
+            if not grid:
                 continue
             question = f"{windowed} with window {window} faster than without, {words}"
             new = replace(base, backend=windowed, window=(window, 0), causal=True)
             questions.append((question, new, replace(base, backend=other, causal=True), grid, 128))
     found = []
     for question, new, old, grid, step in tqdm(questions, unit="question", desc="break-even"):
-        refused = [reason_against(bench, case.backend, case.window) for case in (new, old)]
+        refused = [reason_against(bench, case) for case in (new, old)]
         refused = [reason for reason in refused if reason is not None]
         if refused or not grid:
             answer = {"low": None, "high": None, "status": "unsupported", "reason": (refused or ["no context fits"])[0]}
         else:
-            low, high = find_break_even(compare(new, old), grid, step)
-            answer = {"low": low, "high": high, "status": "ok", "reason": ""}
+            try:
+                low, high = find_break_even(compare(new, old), grid, step)
+                answer = {"low": low, "high": high, "status": "ok", "reason": ""}
+            except CaseFailed as failed:
+                (case,) = failed.args
+                answer = {"low": None, "high": None, "status": case.status, "reason": case.reason}
         found.append({"question": question, "backend": new.backend, "window": new.window[0], **answer})
         found[-1] |= {"against": old.backend, "grid": grid, "step": step}
     return list(known.values()), found
@@ -172,7 +188,8 @@ def direct_call(case: Case, inputs: list[torch.Tensor]) -> torch.Tensor:
     if case.backend == "flash_attn":
         from flash_attn import flash_attn_func, flash_attn_qkvpacked_func
 
-        return (flash_attn_qkvpacked_func if case.layout == "packed" else flash_attn_func)(*inputs, causal=case.causal)
+        kernel = flash_attn_qkvpacked_func if case.layout == "packed" else flash_attn_func
+        return kernel(*inputs, causal=case.causal, window_size=case.window)
     q, k, v = inputs[0].unbind(2) if case.layout == "packed" else inputs
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if case.backend == "sdpa":
@@ -191,9 +208,10 @@ def overhead(bench: Bench, cases: list[Case]) -> list[dict[str, Any]]:
     """
     found = []
     for case in tqdm(cases, unit="case", desc="overhead"):
-        reason = reason_against(bench, case.backend)
-        if reason is not None or case.backend not in ("flash_attn", "sdpa", *SDPA_KERNELS):
-            found.append(asdict(case) | {"status": "unsupported", "reason": reason or "there is no direct call for it"})
+        known = case.backend in ("flash_attn", "sdpa", *SDPA_KERNELS)
+        reason = reason_against(bench, case) if known else "there is no direct call to compare it with"
+        if reason is not None:
+            found.append(asdict(case) | {"status": "unsupported", "reason": reason})
             continue
         clean(bench.device)
         inputs, upstream = make_inputs(case, bench.device)

@@ -93,9 +93,10 @@ def varlen_error() -> str | None:
     try:
         varlen = importlib.import_module("torch.nn.attention.varlen")
     except ImportError:
-        return f"varlen needs torch 2.11, this is {torch.__version__}"
+        return f"varlen needs torch 2.11, this is {torch.__version__}; take attention_backend flash_attn or flex"
     if "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
-        return f"varlen has its window since torch 2.11, this is {torch.__version__}"
+        needed = "varlen has its window since torch 2.11"
+        return f"{needed}, this is {torch.__version__}; take attention_backend flash_attn or flex"
     return None
 
 
@@ -105,7 +106,8 @@ def flash_implementation_error(backend: str) -> str | None:
     name, module, _, remedy = FLASH_IMPLEMENTATIONS[backend]
     registered = getattr(torch.nn.attention, "list_flash_attention_impls", list)()
     if name not in registered:
-        return f"{backend} needs a torch that can activate {name} (2.11 or newer), this is {torch.__version__}"
+        needed = f"{backend} needs a torch that can activate {name} (2.11 or newer)"
+        return f"{needed}, this is {torch.__version__}; take attention_backend auto"
     try:
         importlib.import_module(module)
     except ImportError as error:
@@ -114,6 +116,8 @@ def flash_implementation_error(backend: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # the answer is kept, and depends on whether gradients are wanted: here they are
+@torch.enable_grad()
 def pytorch_refusal(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, dropout_p: float, tokens: int
 ) -> str | None:
@@ -130,7 +134,7 @@ def pytorch_refusal(
     if allowed:
         return None
     reasons = [" ".join(str(warning.message).split()).split(" (Triggered internally")[0] for warning in caught]
-    return f"PyTorch refuses {backend}: {' '.join(reasons) or 'without a reason'}"
+    return f"PyTorch refuses {backend}: {' '.join(reasons) or 'without a reason'}; take attention_backend sdpa or auto"
 
 
 def unsupported_reason(
@@ -203,16 +207,21 @@ def unsupported_reason(
 
 def window_refusal(backend: str) -> str:
     """The sentence for a window that a backend does not have."""
-    return f"attention_window needs attention_backend flash_attn, varlen or flex; {backend} has no window"
+    return (
+        f"attention_window needs attention_backend flash_attn, varlen or flex (without a GPU: eager); {backend} has no "
+        "window"
+    )
 
 
 def _flex_refusal(device: torch.device, head_dim: int, training: bool) -> str | None:
     if device.type == "cpu":
-        return (
-            "flex runs on a CPU without gradients only, PyTorch has no backward pass for it there" if training else None
-        )
+        no_backward = "flex has no backward pass on a CPU; take attention_backend sdpa, or eager for a window"
+        return no_backward if training else None
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return "flex needs an NVIDIA GPU with the triton package (part of PyTorch on Linux), or a CPU for inference"
+        return (
+            "flex needs an NVIDIA GPU with the triton package (part of PyTorch on Linux), or a CPU for inference; "
+            "take attention_backend sdpa, or eager for a window"
+        )
     if head_dim < 16:
         return f"flex takes heads from 16 wide up on a GPU, not {head_dim}; change --num_heads or --embedding_dim"
     return None
@@ -255,7 +264,7 @@ def choose_backend(
         candidates, why = ["eager"], "the only one with a window that trains without a GPU"
     elif device.type != "cuda":
         candidates, why = ["sdpa"], "PyTorch's choice without a GPU"
-    elif hopper and packed and training and tokens % 128 == 0 and tokens <= (512 if causal else 256):
+    elif hopper and packed and training and tokens in ((256, 384, 512) if causal else (128, 256)):
         candidates = ["flash_attn", "sdpa_cudnn", "sdpa_flash"]
         why = "short context: flash-attn's packed kernel spares joining the gradients of q, k and v"
     elif hopper and tokens <= (128 if training else 64):
@@ -266,7 +275,7 @@ def choose_backend(
     else:
         candidates, why = ["flash_attn", "sdpa_flash"], "not measured on this GPU"
     refused = []
-    for backend in [*candidates, "sdpa_efficient", "sdpa"]:
+    for backend in dict.fromkeys([*candidates, "sdpa_efficient", "sdpa"]):
         reason = unsupported_reason(
             backend,
             device,

@@ -52,6 +52,9 @@ PANELS = {  # metric -> (words, logarithmic)
 }
 CELL_COLUMNS = ("layout", "batch_size", "context_length", "num_heads", "head_dim", "causal", "window", "dtype")
 
+NEEDED_COLUMNS = (*CELL_COLUMNS, "embedding_dim", "sweep", "backend", "chosen_backend", "status", "direction", "metric")
+NEEDED_COLUMNS += ("value", "p20", "p80", "n", "device", "torch", "flash_attn")
+
 Row = dict[str, str]
 
 
@@ -64,12 +67,26 @@ def read_results(folder: Path) -> list[Row]:
     path = folder / "results.csv"
     if not path.is_file():
         raise RunFolderError(f"{folder} has no results.csv, so it is no run of attention_benchmark.py with cases")
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    except UnicodeDecodeError as error:
+        raise RunFolderError(f"{path} is damaged: {error}") from None
     if not rows:
         raise RunFolderError(f"{path} has no rows, so there is nothing to draw")
-    missing = [name for name in (*CELL_COLUMNS, "backend", "status", "metric", "value") if name not in rows[0]]
+    missing = [name for name in NEEDED_COLUMNS if name not in rows[0]]
     if missing:
         raise RunFolderError(f"{path} lacks the columns {', '.join(missing)}")
+    unknown = {row["backend"] for row in rows} - set(STYLES)
+    if unknown:
+        raise RunFolderError(
+            f"{path} has kernels that this script does not know: {', '.join(sorted(map(str, unknown)))}"
+        )
+    for number, row in enumerate(rows, start=2):
+        for name in ("value", "p20", "p80", "n"):
+            try:
+                float(row[name] or 0)
+            except (TypeError, ValueError):
+                raise RunFolderError(f"{path} line {number}: {name} is not a number: {row[name]!r}") from None
     return rows
 
 
@@ -111,6 +128,11 @@ def constant_words(rows: Sequence[Row], varied: Sequence[str]) -> str:
     if len(both) == 2:
         parts[parts.index(both[0])] = f"{rows[0]['num_heads']} {both[1]}"
         parts.remove(both[1])
+    tokens = {int(row["batch_size"]) * int(row["context_length"]) for row in rows}
+    if len(parts) and len(tokens) == 1 and len(different(rows, "context_length")) > 1:
+        parts.insert(0, f"{tokens.pop():,} tokens in the batch")
+    if len(different(rows, "head_dim")) > 1 and len(different(rows, "embedding_dim")) == 1:
+        parts.append(f"heads of {rows[0]['embedding_dim']} together")
     if "causal" not in varied:
         parts.append("causal" if rows[0]["causal"] == "true" else "not causal")
     return ", ".join(part for part in parts if part)
@@ -209,18 +231,20 @@ def sweep_figures(rows: list[Row]) -> dict[str, Figure]:
     varied = [name for name in AXES if len(different(rows, name)) > 1]
     numeric = [name for name in varied if name != "causal"]
     x = (numeric or varied or ["context_length"])[0]
+    x = rows[0]["sweep"] if rows[0]["sweep"] in varied else x  # the parameter that gave the experiment its name
+    numeric = [x, *(name for name in numeric if name != x)]
     # A second number that was varied on its own (not one that follows from the first) makes the columns, else windows.
     windows = ["window"] if len(different(rows, "window")) > 1 else []
     columns = next((name for name in [*numeric[1:], *windows] if not follows(rows, x, name)), None)
-    split = [
-        name for name in ("causal", "layout", *windows) if name not in (x, columns) and len(different(rows, name)) > 1
+    others = [
+        name for name in numeric[1:] if columns and not follows(rows, x, name) and not follows(rows, columns, name)
     ]
+    split = [name for name in ("causal", "layout", *windows, *others) if name not in (x, columns)]
+    split = [name for name in split if len(different(rows, name)) > 1]
     for values in dict.fromkeys(tuple(row[name] for name in split) for row in rows):
         chosen = [row for row in rows if tuple(row[name] for name in split) == values]
         panels = panel_order(different(chosen, columns)) if columns else [""]
-        title = (
-            f"Attention, forward and backward: {constant_words(chosen, varied[:0] if x != 'causal' else ['causal'])}"
-        )
+        title = f"Attention, forward and backward: {constant_words(chosen, ['causal'] if x == 'causal' else [])}"
         if chosen[0]["window"] != "none" and columns != "window":
             title += f", window {chosen[0]['window']}"
         figure, axes = new_grid(title, caption(chosen), len(PANELS), len(panels))
@@ -233,7 +257,7 @@ def sweep_figures(rows: list[Row]) -> dict[str, Figure]:
                 for row in chosen
                 if row["metric"] == metric and row["direction"] == "forward_backward" and row["value"]
             ]
-            if measured and max(measured) < 4 * min(measured):
+            if not measured or max(measured) < 4 * min(measured):
                 logarithmic_y = False  # a logarithmic axis would blow up what hardly differs
             for column, panel in enumerate(panels):
                 ax = axes[line][column]
@@ -383,17 +407,18 @@ def plot_sweep(folder: Path) -> list[Path]:
 
 
 def main() -> int:
-    """Draw the folders named on the command line."""
+    """Draw the folders named on the command line; status 2 if one of them could not be drawn."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         return 0 if sys.argv[1:] and sys.argv[1] in ("-h", "--help") else 2
-    try:
-        for folder in sys.argv[1:]:
+    status = 0
+    for folder in sys.argv[1:]:
+        try:
             print(*plot_sweep(Path(folder)), sep="\n")
-    except (RunFolderError, OSError) as error:
-        print(f"plot_attention.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        except (RunFolderError, OSError) as error:
+            print(f"plot_attention.py: {error}", file=sys.stderr)
+            status = 2
+    return status
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from run_folder import write_atomically
 from utils import SettingsError, parse_settings, run_script, setting
 
 ROOT = Path(__file__).parent
@@ -32,6 +33,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"{path.relative_to(ROOT)} is missing, so its table cannot be made") from None
+    except ValueError as error:
+        raise SettingsError(f"{path.relative_to(ROOT)} is damaged: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -238,7 +241,7 @@ def break_even_table() -> str:
             words = f"{high:,} (not yet at {low:,})" if low and high else f"{high:,}, the smallest tried"
             words = words if high else f"not up to {low:,}"
         lines.append([answer["question"].replace("_", "\\_"), words])
-    return markdown(["forward and backward, 16,384 tokens, 32 heads of 64, causal", "from a context of"], lines)
+    return markdown(["forward and backward, about 16,384 tokens, 32 heads of 64, causal", "from a context of"], lines)
 
 
 def overhead_table() -> str:
@@ -247,7 +250,7 @@ def overhead_table() -> str:
     lines = [
         [
             f"`{case['backend']}`, {case['layout']}",
-            f"{case['batch_size']} x {case['context_length']}",
+            f"{case['batch_size']} x {case['context_length']}, {case['num_heads']} heads of {case['head_dim']}",
             f"{case['direct_ms']:.3f}",
             f"{case['seam_ms']:.3f}",
             f"{100 * case['overhead']:+.1f} %",
@@ -255,7 +258,7 @@ def overhead_table() -> str:
         ]
         for case in info["results"]["overhead"]
     ]
-    header = ["kernel, layout", "batch x context", "direct, ms", "through attention.py, ms", "overhead"]
+    header = ["kernel, layout", "batch x context, heads", "direct, ms", "through attention.py, ms", "overhead"]
     return markdown([*header, "direct against itself"], lines)
 
 
@@ -293,7 +296,13 @@ def replace_tables(text: str, tables: dict[str, Callable[[], str]] | None = None
         raise SettingsError(f"README.md and report.py do not name the same tables, each once: {odd}")
 
     def anew(match: re.Match) -> str:
-        return f"<!-- table: {match[1]} -->\n{tables[match[1]]()}\n<!-- end of table -->"
+        try:
+            table = tables[match[1]]()
+        except SettingsError:
+            raise
+        except (KeyError, ValueError, TypeError) as error:
+            raise SettingsError(f"the run folders of the table {match[1]} are damaged: {error!r}") from None
+        return f"<!-- table: {match[1]} -->\n{table}\n<!-- end of table -->"
 
     return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end of table -->", anew, text, flags=re.DOTALL)
 
@@ -301,13 +310,17 @@ def replace_tables(text: str, tables: dict[str, Callable[[], str]] | None = None
 def main() -> int:
     """Write or check the tables."""
     settings = parse_settings(Settings)
-    text = README.read_text(encoding="utf-8")
+    try:
+        text = README.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{README.name} cannot be read: {error.strerror}") from None
     new = replace_tables(text)
     if settings.check:
         if new != text:
             print("report.py: README.md and outputs/ disagree; run python report.py", file=sys.stderr)
         return int(new != text)
-    README.write_text(new, encoding="utf-8")
+    if new != text:
+        write_atomically(README, new)
     print(f"{len(TABLES)} tables written" if new != text else "nothing to change")
     return 0
 

@@ -27,8 +27,8 @@ from utils import SettingsError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOKENS = 37
-ON_CPU = ["eager", "sdpa", "sdpa_math", "sdpa_flash", "auto"]  # with gradients; flex comes without, further down
 TWO_SIDED = [(3, 2), (-1, 0), (0, 0), (2, -1)]
+ON_CPU = ["eager", "sdpa", "sdpa_math", "sdpa_flash", "auto"]  # with gradients; flex comes without, further down
 
 
 def windows_of(tokens: int) -> list[tuple[int, int]]:
@@ -191,6 +191,57 @@ def test_autocast_decides_the_dtype_of_the_output(backend):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert attend(q, q, q, backend=backend).dtype == torch.bfloat16
     assert attend(q, q, q, backend=backend).dtype == torch.float32
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+@pytest.mark.parametrize("window", [FULL, (5, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_auto_casts_as_autocast_does(dtype, window, packed):
+    """A kernel that autocast knows nothing of gets the type of autocast too; the gradients come back in fp32."""
+
+    def run(leaf):
+        options = {"backend": "auto", "window": window}
+        return packed_attention(leaf, **options) if packed else attend(*leaf.unbind(2), **options)
+
+    torch.manual_seed(0)
+    qkv, upstream = torch.randn(2, TOKENS, 3, 2, 16), torch.randn(2, TOKENS, 2, 16)
+    full, half = qkv.clone().requires_grad_(), qkv.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        output = run(full)
+    expected = run(half)
+    assert output.dtype == expected.dtype == dtype
+    assert torch.equal(output, expected)
+    output.backward(upstream.to(dtype))
+    expected.backward(upstream.to(dtype))
+    assert full.grad.dtype == torch.float32
+    assert torch.equal(full.grad, half.grad.float())
+    assert torch.equal(run(qkv.to(dtype)), expected)  # no autocast, nothing cast
+    with torch.autocast("cpu", dtype=dtype), torch.autocast("cpu", enabled=False):
+        assert run(qkv).dtype == torch.float32
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+def test_every_kernel_that_auto_picks_gets_the_type_of_autocast(monkeypatch, flash_attn_calls, packed):
+    """flash-attn has no rule for autocast of its own."""
+    seen = []
+    package = sys.modules["flash_attn"]
+    for name in ("flash_attn_func", "flash_attn_qkvpacked_func"):
+        function = getattr(package, name)
+        monkeypatch.setattr(
+            package, name, lambda *x, f=function, **options: seen.extend(y.dtype for y in x) or f(*x, **options)
+        )
+    monkeypatch.setattr(attention, "choose_backend", lambda *args, **options: ("flash_attn", "because"))
+    qkv = torch.randn(1, 4, 3, 2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        packed_attention(qkv, backend="auto") if packed else attend(*qkv.unbind(2), backend="auto")
+    assert seen == [torch.bfloat16] * (1 if packed else 3)
+
+
+def test_auto_leaves_fp64_alone_as_autocast_does():
+    q = torch.randn(1, 4, 2, 16, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attend(q, q, q, backend="sdpa").dtype == torch.float64
+        assert attend(q, q, q, backend="auto").dtype == torch.float64
 
 
 # --------------------------------------------------------------------------- Layouts: the same numbers at other strides
@@ -428,6 +479,45 @@ def test_call_of_flex(uncompiled_flex, causal):
         check_layout("flex", CPU, torch.float32, causal, (5, 0), layout, 16)
 
 
+# ------------------------------------------------------------------------------------- what is kept from call to call
+
+
+@pytest.fixture
+def nothing_kept():
+    """The caches as in a new process; what a stand-in left in them is forgotten afterwards too."""
+    cached = (score_bias, attention._sequence_starts, attention.flex_block_mask)
+    for function in cached:
+        function.cache_clear()
+    yield cached
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("backend", ["eager", "auto", "varlen", "flex"])
+def test_evaluation_first_and_training_after_it(nothing_kept, varlen_calls, uncompiled_flex, backend, mode):
+    """What is kept was first made without gradients, and training goes on with it."""
+    q, k, v = (torch.randn(1, TOKENS, 2, 16) for _ in range(3))
+    for causal, window in ((True, FULL), (True, (5, 0)), (False, (3, 2))):
+        with mode():
+            first = attend(q, k, v, backend=backend, causal=causal, window=window)
+        check(backend, CPU, torch.float32, causal, window)
+        assert torch.equal(attend(q, k, v, backend=backend, causal=causal, window=window), first)
+
+
+def test_nothing_kept_is_of_inference_mode(nothing_kept):
+    with torch.inference_mode():
+        kept = [
+            score_bias(8, True, (2, 0), torch.float32, CPU),
+            attention._sequence_starts(2, 8, CPU),
+            attention.flex_block_mask(8, True, (2, 0), CPU).kv_num_blocks,
+            attention.flex_block_mask(8, True, (2, 0), CPU).kv_indices,
+        ]
+        assert torch.is_inference_mode_enabled() and torch.zeros(1).is_inference()
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in kept)
+    assert [function.cache_info().currsize for function in nothing_kept] == [1, 1, 1]
+
+
 def no_cpp_compiler() -> str | None:
     from torch._inductor import config
 
@@ -454,9 +544,18 @@ def test_compiled_flex_matches_brute_force():
 
 # ------------------------------------------------------------------------------------------------------------- refusals
 
-NO_WINDOW = r"attention_window needs attention_backend flash_attn, varlen or flex; {} has no window"
+NO_WINDOW = (
+    r"attention_window needs attention_backend flash_attn, varlen or flex .without a GPU: eager.; {} has no window"
+)
 NO_DROPOUT = r"{} has no attention dropout; set --dropout 0 or take attention_backend sdpa or flash_attn"
-NO_GPU = r"attention_backend {0} cannot run here: {0} needs an NVIDIA GPU"
+NO_GPU = (
+    r"attention_backend {0} cannot run here: {0} needs an NVIDIA GPU; "
+    r"take attention_backend sdpa, or eager for a window$"
+)
+FLEX_ON_CPU = (
+    r"attention_backend flex cannot run here: flex has no backward pass on a CPU; "
+    r"take attention_backend sdpa, or eager for a window$"
+)
 FORCED = ["sdpa_efficient", "sdpa_cudnn", "flash_attn", "flash_attn_3", "flash_attn_4", "varlen"]
 REFUSALS = [  # backend, options, the sentence
     *((name, {"window": (2, 0)}, NO_WINDOW) for name in ("sdpa", *SDPA_KERNELS)),
@@ -467,8 +566,8 @@ REFUSALS = [  # backend, options, the sentence
     *((name, {"window": (2, 0)}, NO_GPU) for name in FORCED if not name.startswith("sdpa")),
     *((name, {"dropout_p": 0.1}, NO_GPU) for name in ("sdpa_efficient", "sdpa_cudnn", "flash_attn")),
     ("sdpa_flash", {"dropout_p": 0.1}, r"has no dropout on a CPU; set --dropout 0 or take attention_backend sdpa"),
-    ("flex", {}, r"attention_backend flex cannot run here: flex runs on a CPU without gradients only"),
-    ("flex", {"window": (2, 0)}, r"flex runs on a CPU without gradients only, PyTorch has no backward pass for it"),
+    pytest.param("flex", {}, FLEX_ON_CPU),
+    pytest.param("flex", {"window": (2, 0)}, FLEX_ON_CPU),
     ("flash", {}, r"attention_backend flash is unknown; choose one of auto, eager, sdpa, .*flash_attn, .*flex"),
     ("flash", {"window": (2, 0), "dropout_p": 0.1}, r"attention_backend flash is unknown; choose one of auto, eager"),
 ]
@@ -527,15 +626,42 @@ def test_varlen_of_a_torch_before_its_window_is_a_refusal(monkeypatch, window):
 
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
     q = torch.zeros(1, 4, 1, 16)
-    with pytest.raises(SettingsError, match="varlen"):
+    with pytest.raises(SettingsError, match=NO_GPU.format("varlen")) as caught:
         attend(q, q, q, backend="varlen", window=window)
+    assert isinstance(caught.value.__cause__, TypeError)
+    attention_support.varlen_error.cache_clear()
+    try:  # and on a GPU, where the version is what is wrong
+        monkeypatch.setattr(attention, "unsupported_reason", lambda *args, **options: attention_support.varlen_error())
+        with pytest.raises(SettingsError, match=r"cannot run here: varlen has its window since torch 2\.11, this is"):
+            attend(q, q, q, backend="varlen", window=window)
+    finally:
+        attention_support.varlen_error.cache_clear()
 
 
-def test_a_layout_that_a_kernel_cannot_read_says_why():
+NOT_SIDE_BY_SIDE = (
+    r"attention_backend {} cannot run here: the numbers of a head must lie side by side in memory; "
+    r"copy q, k and v with \.contiguous\(\) first$"
+)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what PyTorch says before it refuses
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_layout_that_a_kernel_cannot_read_says_why(number):
     """Every fused kernel of PyTorch wants the numbers of a head side by side."""
+    tensors = [torch.zeros(1, 4, 1, 16) for _ in range(3)]
+    tensors[number] = torch.zeros(1, 4, 1, 32)[..., ::2]
+    with pytest.raises(SettingsError, match=NOT_SIDE_BY_SIDE.format("sdpa_flash")) as caught:
+        attend(*tensors, backend="sdpa_flash")
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert attend(*(x.contiguous() for x in tensors), backend="sdpa_flash").shape == (1, 4, 1, 16)
+    assert attend(*tensors, backend="sdpa").shape == attend(*tensors, backend="eager").shape == (1, 4, 1, 16)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_reason_that_is_known_goes_before_the_layout():
     q = torch.zeros(1, 4, 1, 32)[..., ::2]
-    with pytest.raises(SettingsError, match="sdpa_flash"):
-        attend(q, q, q, backend="sdpa_flash")
+    with pytest.raises(SettingsError, match="sdpa_flash has no dropout on a CPU; set --dropout 0"):
+        attend(q, q, q, backend="sdpa_flash", dropout_p=0.1)
 
 
 INSIDE = {  # backend: the function that runs it
@@ -560,7 +686,7 @@ def test_out_of_memory_passes_through(monkeypatch, backend):
     assert caught.value is error
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, ValueError, NotImplementedError, TypeError])
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, NotImplementedError, TypeError, AttributeError])
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "sdpa_math", "sdpa_flash", "flex"])
 def test_an_error_of_another_kind_passes_through(monkeypatch, backend, kind):
     error = kind("CUDA error: an illegal memory access was encountered")
@@ -568,6 +694,17 @@ def test_an_error_of_another_kind_passes_through(monkeypatch, backend, kind):
     with pytest.raises(kind) as caught:
         attend(*[torch.zeros(1, 4, 1, 16)] * 3, backend=backend)
     assert caught.value is error
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ImportError, ValueError, TypeError, AttributeError])
+@pytest.mark.parametrize("backend", ["sdpa_efficient", "sdpa_cudnn", "flash_attn", "varlen"])
+def test_every_error_of_what_cannot_run_here_is_a_refusal(monkeypatch, backend, kind):
+    """An old torch lacks a module, a function or an argument."""
+    error = kind("no such thing")
+    monkeypatch.setattr(attention, INSIDE[backend], raising(error))
+    with pytest.raises(SettingsError, match=NO_GPU.format(backend)) as caught:
+        attend(*[torch.zeros(1, 4, 1, 16)] * 3, backend=backend)
+    assert caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
@@ -584,7 +721,7 @@ def test_errors_of_the_packed_kernel_pass_through(monkeypatch, flash_attn_calls,
 def test_the_packed_kernel_says_why_it_cannot_run(monkeypatch, flash_attn_calls):
     error = RuntimeError("no kernel image")
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_qkvpacked_func", raising(error))
-    with pytest.raises(SettingsError, match="flash_attn needs an NVIDIA GPU") as caught:
+    with pytest.raises(SettingsError, match=NO_GPU.format("flash_attn")) as caught:
         packed_attention(torch.zeros(1, 4, 3, 1, 16), backend="flash_attn")
     assert caught.value.__cause__ is error
 
@@ -654,16 +791,29 @@ def test_a_torch_without_a_registry_is_a_refusal(monkeypatch, backend):
         monkeypatch.delattr(torch.nn.attention, f"{name}_flash_attention_impl", raising=False)
     q = torch.zeros(1, 4, 1, 16)
     attend(q, q, q, backend="sdpa_flash")
-    with pytest.raises(SettingsError, match=backend):
+    with pytest.raises(SettingsError, match=NO_GPU.format(backend)):
         attend(q, q, q, backend=backend)
+    # On a GPU the check comes after the attempt, which then is an AttributeError.
+    reasons = iter([None, "this torch cannot activate it"])
+    monkeypatch.setattr(attention, "unsupported_reason", lambda *args, **options: next(reasons))
+    with pytest.raises(SettingsError, match=f"{backend} cannot run here: this torch cannot activate it") as caught:
+        attend(q, q, q, backend=backend)
+    assert isinstance(caught.value.__cause__, AttributeError)
 
 
-def test_flash_attn_3_does_not_become_another_kernel_on_a_cpu(monkeypatch):
+@pytest.mark.parametrize("window", [FULL, (2, 0)])
+@pytest.mark.parametrize("backend", ["flash_attn_3", "flash_attn_4"])
+def test_flash_attn_3_and_4_are_refused_on_a_cpu_before_anything_is_activated(monkeypatch, backend, window):
+    """Activated, they would leave PyTorch's CPU kernel to answer in their place."""
     for name in ("activate_flash_attention_impl", "restore_flash_attention_impl"):
-        monkeypatch.setattr(torch.nn.attention, name, lambda *args: None, raising=False)
+        monkeypatch.setattr(torch.nn.attention, name, lambda *args: pytest.fail("switched"), raising=False)
+    for name in ("_use_flash_implementation", "_sdpa", "_varlen"):
+        monkeypatch.setattr(attention, name, lambda *args: pytest.fail("ran"))
     q = torch.zeros(1, 4, 1, 16)
-    with pytest.raises(SettingsError, match="flash_attn_3 needs an NVIDIA GPU"):
-        attend(q, q, q, backend="flash_attn_3")
+    with pytest.raises(SettingsError, match=NO_GPU.format(backend)):
+        attend(q, q, q, backend=backend, window=window)
+    with pytest.raises(SettingsError, match=NO_GPU.format(backend)):
+        packed_attention(torch.zeros(1, 4, 3, 1, 16), backend=backend, window=window)
 
 
 def test_a_kernel_that_is_not_there_leaves_the_others_alone():
@@ -671,7 +821,7 @@ def test_a_kernel_that_is_not_there_leaves_the_others_alone():
     q = torch.randn(1, 4, 1, 16)
     before = attend(q, q, q, backend="sdpa_flash")
     for backend in ("flash_attn_3", "flash_attn_4"):
-        with pytest.raises(SettingsError, match=backend):
+        with pytest.raises(SettingsError, match=NO_GPU.format(backend)):
             attend(q, q, q, backend=backend)
     assert getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() is None
     assert torch.equal(before, attend(q, q, q, backend="sdpa_flash"))
@@ -754,7 +904,7 @@ def test_a_backend_by_name_is_not_chosen(choices):
     ("backend", "name"),
     [
         ("eager", "eager"),
-        ("sdpa_math", "eager"),
+        ("sdpa_math", "scaled_dot_product_attention, unfused"),
         ("sdpa", "scaled_dot_product_flash_attention"),
         ("sdpa_flash", "scaled_dot_product_flash_attention"),
         ("auto", "scaled_dot_product_flash_attention"),
@@ -784,6 +934,40 @@ def test_observed_kernel_names_the_implementation(monkeypatch):
     with observe_kernel() as observer:
         attend(q, q, q, backend="sdpa_flash")
     assert "flash_attention" in observer.name and observer.name.endswith("(FA3)")
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [
+        ("aten._scaled_dot_product_flash_attention.default", "aten._scaled_dot_product_flash_attention (FA3)"),
+        ("aten._flash_attention_forward.default", "aten._flash_attention_forward (FA3)"),
+        ("torch_attn._varlen_attn.default", "torch_attn._varlen_attn (FA3)"),
+        ("aten._scaled_dot_product_efficient_attention.default", "aten._scaled_dot_product_efficient_attention"),
+        ("aten._scaled_dot_product_cudnn_attention.default", "aten._scaled_dot_product_cudnn_attention"),
+        ("flash_attn._flash_attn_forward.default", "flash_attn._flash_attn_forward"),
+        ("flash_attn_3.fwd.default", "flash_attn_3.fwd"),
+        ("aten._flash_attention_backward.default", "eager (matmul, softmax, matmul)"),
+        ("aten.mm.default", "eager (matmul, softmax, matmul)"),
+    ],
+)
+def test_only_operators_of_pytorch_are_replaced_by_flash_attn_3(monkeypatch, operator, name):
+    """The flash-attn package keeps its own kernel whatever PyTorch's operators run."""
+
+    class Operator:
+        def __str__(self):
+            return operator
+
+        def __call__(self, *args, **kwargs):
+            return args, kwargs
+
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
+    observer = KernelObserver()
+    assert observer.__torch_dispatch__(Operator(), (), (1, 2), {"x": 3}) == ((1, 2), {"x": 3})
+    assert observer.name == name
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: None, raising=False)
+    observer = KernelObserver()
+    observer.__torch_dispatch__(Operator(), ())
+    assert observer.name == name.removesuffix(" (FA3)")
 
 
 def test_flex_runs_under_observers(monkeypatch):

@@ -9,6 +9,7 @@ import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -619,6 +620,49 @@ def test_warm_up(monkeypatch, seconds, calls):
     clock = Clock(monkeypatch)
     assert clock.timer(0.25, 0.75).warm_up(seconds) == 1000.0
     assert clock.calls == calls
+
+
+class FakeEvent:
+    """A CUDA event of a GPU on which every interval takes half a millisecond; `caught_up` answers query, in turn."""
+
+    made: ClassVar[list] = []
+    caught_up: ClassVar[list] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.place = len(self.made)
+        self.made.append(self)
+
+    def query(self):
+        return self.caught_up.pop(0)
+
+    def elapsed_time(self, other):
+        return 0.5 * (other.place - self.place)
+
+
+@pytest.mark.parametrize(
+    ("caught_up", "attempts"), [([False], 1), ([True, False], 2), ([True, True, False], 3), ([True] * 9, 3)]
+)
+def test_a_gpu_that_caught_up_with_the_host_gets_a_longer_start(monkeypatch, caught_up, attempts):
+    sleeps = []
+    monkeypatch.setattr(FakeEvent, "made", [])
+    monkeypatch.setattr(FakeEvent, "caught_up", list(caught_up))
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleeps.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    launch = 1 / 4096  # seconds of the host
+    timer = Clock(monkeypatch).timer(launch, launch)
+    timer.device, timer.cuda = CUDA, True
+    times, host_ms, mhz = timer.measure(seconds=10.5 * 2 * launch, warm_up_seconds=0.0)
+    assert times == {"forward": [0.5] * 10, "backward": [0.5] * 10, "forward_backward": [1.0] * 10}
+    assert host_ms == 2000 * launch and mhz == attention_measure.SPIN_CYCLES / 0.5 / 1000
+    starts = [cycles / 2e6 for cycles in sleeps[:-1]]  # milliseconds at 2 GHz
+    assert sleeps[-1] == attention_measure.SPIN_CYCLES and len(starts) == attempts
+    assert starts[0] == pytest.approx(2 * 10 * host_ms, rel=1e-3)  # twice what the host needs
+    assert all(later >= 2 * earlier for earlier, later in itertools.pairwise(starts))
+    assert len(caught_up) - len(FakeEvent.caught_up) == min(attempts, len(caught_up))
 
 
 def test_real_repetitions_add_up():

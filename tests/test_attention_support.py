@@ -1,6 +1,7 @@
 """What runs where and what `auto` picks, on GPUs that are only pretended."""
 
 import importlib.util
+import itertools
 import re
 import sys
 import warnings
@@ -29,6 +30,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WINDOW = (64, 0)
 HOPPER, AMPERE, BLACKWELL, TURING = (9, 0), (8, 0), (10, 0), (7, 5)
+NO_GPU = "{} needs an NVIDIA GPU; take attention_backend sdpa, or eager for a window"
+FLEX_ON_CPU = "flex has no backward pass on a CPU; take attention_backend sdpa, or eager for a window"
+OTHER_HEADS = "; change --num_heads or --embedding_dim"
 find_spec = importlib.util.find_spec
 CACHED = [function for function in vars(attention_support).values() if hasattr(function, "cache_clear")]
 
@@ -78,42 +82,65 @@ def test_the_lists_fit_together():
 # --------------------------------------------------------------------------------------------------------- auto's table
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("causal", [True, False])
+WHY = {
+    "sdpa_cudnn": "fastest first on Hopper",
+    "sdpa_efficient": "fastest first on Hopper at so short a context",
+    "flash_attn": "short context: flash-attn's packed kernel spares joining the gradients of q, k and v",
+}
+EFFICIENT, CUDNN, FLASH = "sdpa_efficient", "sdpa_cudnn", "flash_attn"
+ON_HOPPER = [  # tokens, then: forward only, training, training packed (all keys), training packed (causal)
+    (1, EFFICIENT, EFFICIENT, EFFICIENT, EFFICIENT),
+    (63, EFFICIENT, EFFICIENT, EFFICIENT, EFFICIENT),
+    (64, EFFICIENT, EFFICIENT, EFFICIENT, EFFICIENT),
+    (65, CUDNN, EFFICIENT, EFFICIENT, EFFICIENT),
+    (127, CUDNN, EFFICIENT, EFFICIENT, EFFICIENT),
+    (128, CUDNN, EFFICIENT, FLASH, EFFICIENT),
+    (129, CUDNN, CUDNN, CUDNN, CUDNN),
+    (192, CUDNN, CUDNN, CUDNN, CUDNN),
+    (255, CUDNN, CUDNN, CUDNN, CUDNN),
+    (256, CUDNN, CUDNN, FLASH, FLASH),
+    (257, CUDNN, CUDNN, CUDNN, CUDNN),
+    (384, CUDNN, CUDNN, CUDNN, FLASH),
+    (511, CUDNN, CUDNN, CUDNN, CUDNN),
+    (512, CUDNN, CUDNN, CUDNN, FLASH),
+    (513, CUDNN, CUDNN, CUDNN, CUDNN),
+    (640, CUDNN, CUDNN, CUDNN, CUDNN),
+    (1024, CUDNN, CUDNN, CUDNN, CUDNN),
+    (32768, CUDNN, CUDNN, CUDNN, CUDNN),
+]
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_hopper_takes_cudnn(gpu, dtype, causal, packed):
-    gpu(HOPPER)
-    for tokens in (1024, 4096, 32768):
-        assert choose_backend(CUDA, dtype, FULL, 64, tokens=tokens, causal=causal, packed=packed) == (
-            "sdpa_cudnn",
-            "the fastest kernel on Hopper",
-        )
-    assert chosen(CUDA, dtype, FULL, 64, tokens=64, causal=causal, packed=False) == "sdpa_cudnn"
+@pytest.mark.parametrize("row", ON_HOPPER, ids=lambda row: str(row[0]))
+def test_what_hopper_takes(gpu, row, dtype):
+    tokens, forward, training, packed_all, packed_causal = row
+
+    def choice(**options):
+        return choose_backend(CUDA, dtype, FULL, 64, tokens=tokens, **options)
+
+    for without in ([], ["flash_attn"]):
+        gpu(HOPPER, without)
+        for causal, packed in itertools.product((True, False), (True, False)):
+            options = {"causal": causal, "packed": packed}
+            assert choice(**options, training=False) == (forward, WHY[forward])
+            expected = (packed_causal if causal else packed_all) if packed else training
+            if expected in without:
+                assert choice(**options) == ("sdpa_cudnn", f"{WHY[expected]}; flash_attn cannot run here")
+            else:
+                assert choice(**options) == choice(**options, training=True) == (expected, WHY[expected])
 
 
-@pytest.mark.parametrize(
-    ("causal", "tokens", "expected"),
-    [
-        (True, 1, "flash_attn"),
-        (True, 256, "flash_attn"),
-        (True, 257, "flash_attn"),
-        (True, 512, "flash_attn"),
-        (True, 513, "sdpa_cudnn"),
-        (False, 1, "flash_attn"),
-        (False, 256, "flash_attn"),
-        (False, 257, "sdpa_cudnn"),
-        (False, 512, "sdpa_cudnn"),
-    ],
-)
-def test_hopper_trains_short_contexts_out_of_one_packed_tensor_with_flash_attn(gpu, causal, tokens, expected):
+def test_every_hopper_is_one_and_no_other_gpu(gpu):
+    for capability, expected in (((9, 0), CUDNN), ((9, 1), CUDNN), ((8, 9), FLASH), ((10, 0), FLASH)):
+        gpu(capability)
+        assert chosen(CUDA, BF16) == expected
+
+
+def test_dropout_changes_nothing_on_hopper(gpu):
     gpu(HOPPER)
-    choice, why = choose_backend(CUDA, BF16, FULL, 64, tokens=tokens, causal=causal, packed=True)
-    assert choice == expected
-    assert ("short context" in why) == (expected == "flash_attn")
-    assert chosen(CUDA, BF16, FULL, 64, tokens=tokens, causal=causal, packed=True, training=False) == "sdpa_cudnn"
-    assert chosen(CUDA, BF16, FULL, 64, tokens=tokens, causal=causal, packed=False) == "sdpa_cudnn"
-    gpu(HOPPER, without=["flash_attn"])
-    assert chosen(CUDA, BF16, FULL, 64, tokens=tokens, causal=causal, packed=True) == "sdpa_cudnn"
+    for tokens, _, training, _, packed_causal in ON_HOPPER:
+        assert chosen(CUDA, BF16, tokens=tokens, dropout_p=0.1) == training
+        assert chosen(CUDA, BF16, tokens=tokens, dropout_p=0.1, packed=True) == packed_causal
 
 
 @pytest.mark.parametrize(
@@ -127,9 +154,43 @@ def test_hopper_trains_short_contexts_out_of_one_packed_tensor_with_flash_attn(g
 )
 def test_what_hopper_takes_instead(gpu, without, expected, why):
     gpu(HOPPER, without)
-    for packed, tokens in ((False, 1024), (True, 1024)):
-        choice, reason = choose_backend(CUDA, BF16, FULL, 64, packed=packed, tokens=tokens)
+    for packed in (False, True):
+        choice, reason = choose_backend(CUDA, BF16, FULL, 64, packed=packed, tokens=1024)
         assert choice == expected and why in reason
+        assert reason.startswith("fastest first on Hopper; sdpa_cudnn") and reason.endswith(" cannot run here")
+
+
+@pytest.mark.parametrize(
+    ("without", "expected"),
+    [
+        (["sdpa_efficient"], "sdpa_cudnn"),
+        (["sdpa_efficient", "sdpa_cudnn"], "flash_attn"),
+        (["sdpa_efficient", "sdpa_cudnn", "flash_attn"], "sdpa_flash"),
+        pytest.param(
+            ["sdpa_efficient", "sdpa_cudnn", "flash_attn", "sdpa_flash"],
+            "sdpa",
+        ),
+    ],
+)
+def test_what_hopper_takes_instead_at_a_short_context(gpu, without, expected):
+    gpu(HOPPER, without)
+    why = f"{WHY['sdpa_efficient']}; {', '.join(without)} cannot run here"
+    assert choose_backend(CUDA, BF16, FULL, 64, tokens=64) == (expected, why)
+
+
+@pytest.mark.parametrize(
+    ("without", "expected"),
+    [
+        (["flash_attn"], "sdpa_cudnn"),
+        (["flash_attn", "sdpa_cudnn"], "sdpa_flash"),
+        (["flash_attn", "sdpa_cudnn", "sdpa_flash"], "sdpa_efficient"),
+        (["flash_attn", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient"], "sdpa"),
+    ],
+)
+def test_what_hopper_takes_instead_of_the_packed_kernel(gpu, without, expected):
+    gpu(HOPPER, without)
+    why = f"{WHY['flash_attn']}; {', '.join(without)} cannot run here"
+    assert choose_backend(CUDA, BF16, FULL, 64, tokens=256, packed=True) == (expected, why)
 
 
 @pytest.mark.parametrize("capability", [HOPPER, AMPERE, (8, 6), (8, 9), BLACKWELL, (12, 0)])
@@ -138,16 +199,23 @@ def test_every_gpu_takes_the_same_with_a_window(gpu, capability, tokens):
     def with_window(**options):
         return choose_backend(CUDA, BF16, WINDOW, options.pop("head_dim", 64), tokens=tokens, packed=True, **options)
 
+    first = "fastest first with a window"
     gpu(capability)
-    assert with_window() == ("flash_attn", "the fastest kernel with a window")
+    assert with_window() == with_window(training=False) == ("flash_attn", first)
     gpu(capability, without=["flash_attn"])
-    assert with_window() == ("varlen", "flash_attn cannot run here")
-    assert with_window(head_dim=20) == ("flex", "flash_attn, varlen cannot run here")  # varlen goes in steps of 8
-    assert with_window(head_dim=12) == ("eager", "flash_attn, varlen, flex cannot run here")  # flex begins at 16
+    assert with_window() == ("varlen", f"{first}; flash_attn cannot run here")
+    assert with_window(head_dim=20) == (
+        "flex",
+        f"{first}; flash_attn, varlen cannot run here",
+    )  # varlen goes in steps of 8
+    assert with_window(head_dim=12) == (
+        "eager",
+        f"{first}; flash_attn, varlen, flex cannot run here",
+    )  # flex begins at 16
     gpu(capability, without=["flash_attn", "varlen"])
-    assert with_window() == ("flex", "flash_attn, varlen cannot run here")
+    assert with_window() == ("flex", f"{first}; flash_attn, varlen cannot run here")
     gpu(capability, without=["flash_attn", "varlen", "triton"])
-    assert with_window() == ("eager", "flash_attn, varlen, flex cannot run here")
+    assert with_window() == ("eager", f"{first}; flash_attn, varlen, flex cannot run here")
 
 
 @pytest.mark.parametrize("capability", [HOPPER, AMPERE])
@@ -181,17 +249,15 @@ def test_other_gpus_take_flash_attn_unmeasured(gpu, capability, packed):
         )
         gpu(capability, without=["flash_attn"])
         choice, why = choose_backend(CUDA, BF16, FULL, 64, tokens=tokens, packed=packed)
-        assert choice == "sdpa_flash" and "flash_attn cannot run here" in why
-
-
-def test_other_gpus_say_so_without_flash_attn_too(gpu):
-    gpu(AMPERE, without=["flash_attn"])
-    assert "not measured" in choose_backend(CUDA, BF16, FULL, 64, tokens=1024)[1]
+        assert (choice, why) == ("sdpa_flash", "not measured on this GPU; flash_attn cannot run here")
 
 
 def test_old_gpus_take_the_efficient_kernel(gpu):
     gpu(TURING)
-    assert chosen(CUDA, FP16, FULL, 64) == "sdpa_efficient"
+    assert choose_backend(CUDA, FP16, FULL, 64, tokens=1024) == (
+        "sdpa_efficient",
+        "not measured on this GPU; flash_attn, sdpa_flash cannot run here",
+    )
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -201,12 +267,11 @@ def test_a_cpu_takes_sdpa_and_eager_with_a_window(dtype, packed):
         options = {"tokens": tokens, "causal": causal, "packed": packed}
         assert choose_backend(CPU, dtype, FULL, 64, **options) == ("sdpa", "PyTorch's choice without a GPU")
         assert chosen(CPU, dtype, FULL, 64, **options, training=False, dropout_p=0.1) == "sdpa"
-        assert choose_backend(CPU, dtype, WINDOW, 64, **options)[0] == "eager"
-        assert chosen(CPU, dtype, WINDOW, 64, **options, dropout_p=0.1) == "eager"
-
-
-def test_a_cpu_takes_eager_with_a_window_without_gradients_too():
-    assert chosen(CPU, FP32, WINDOW, 64, training=False) == "eager"
+        for training, dropout_p in itertools.product((True, False), (0.0, 0.1)):
+            assert choose_backend(CPU, dtype, WINDOW, 64, **options, training=training, dropout_p=dropout_p) == (
+                "eager",
+                "the only one with a window that trains without a GPU",
+            )
 
 
 @pytest.mark.parametrize("head_dim", [8, 12, 64, 256, 512])
@@ -217,9 +282,10 @@ def test_what_auto_picks_can_run(gpu, capability, dropout_p, window, head_dim):
     for without in ([], ["flash_attn"], ["flash_attn", "varlen", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient"]):
         gpu(capability, without)
         for dtype in (BF16, FP32):
-            options = {"dropout_p": dropout_p, "tokens": 128}
-            choice = chosen(CUDA, dtype, window, head_dim, **options)
-            assert unsupported_reason(choice, CUDA, dtype, window, head_dim, **options) is None
+            for tokens, packed in ((64, False), (128, True), (1024, False)):
+                options = {"dropout_p": dropout_p, "tokens": tokens}
+                choice = chosen(CUDA, dtype, window, head_dim, packed=packed, **options)
+                assert unsupported_reason(choice, CUDA, dtype, window, head_dim, **options) is None
 
 
 def test_the_choice_is_remembered(gpu, monkeypatch):
@@ -261,7 +327,10 @@ def test_fp32_runs_elsewhere(gpu, backend):
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ANY_DTYPE])
 def test_old_gpus_are_refused(gpu, backend):
     gpu(TURING)
-    assert unsupported_reason(backend, CUDA, FP16) == f"{backend} needs compute capability 8.0, this GPU has 7.5"
+    assert unsupported_reason(backend, CUDA, FP16) == (
+        f"{backend} needs compute capability 8.0, this GPU has 7.5; "
+        "take attention_backend sdpa_efficient, or eager for a window"
+    )
 
 
 @pytest.mark.parametrize("backend", ANY_DTYPE)
@@ -276,10 +345,26 @@ def test_old_gpus_run_the_rest(gpu, backend):
         ("flash_attn_3", HOPPER, None),
         ("flash_attn_4", HOPPER, None),
         ("flash_attn_4", BLACKWELL, None),
-        ("flash_attn_3", AMPERE, "flash_attn_3 needs compute capability 9.x, this GPU has 8.0"),
-        ("flash_attn_3", BLACKWELL, "flash_attn_3 needs compute capability 9.x, this GPU has 10.0"),
-        ("flash_attn_4", AMPERE, "flash_attn_4 needs compute capability 9.x or 10.x, this GPU has 8.0"),
-        ("flash_attn_4", (12, 0), "flash_attn_4 needs compute capability 9.x or 10.x, this GPU has 12.0"),
+        (
+            "flash_attn_3",
+            AMPERE,
+            "flash_attn_3 needs compute capability 9.x, this GPU has 8.0; take attention_backend auto",
+        ),
+        (
+            "flash_attn_3",
+            BLACKWELL,
+            "flash_attn_3 needs compute capability 9.x, this GPU has 10.0; take attention_backend auto",
+        ),
+        (
+            "flash_attn_4",
+            AMPERE,
+            "flash_attn_4 needs compute capability 9.x or 10.x, this GPU has 8.0; take attention_backend auto",
+        ),
+        (
+            "flash_attn_4",
+            (12, 0),
+            "flash_attn_4 needs compute capability 9.x or 10.x, this GPU has 12.0; take attention_backend auto",
+        ),
     ],
 )
 def test_gpus_of_flash_attn_3_and_4(gpu, backend, capability, reason):
@@ -316,7 +401,8 @@ def test_packages_of_flash_attn_3_and_4(monkeypatch, backend, module, remedy):
         else:
             monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", function)
         assert error(backend) == (
-            f"{backend} needs a torch that can activate {name} (2.11 or newer), this is {torch.__version__}"
+            f"{backend} needs a torch that can activate {name} (2.11 or newer), this is {torch.__version__}; "
+            "take attention_backend auto"
         )
 
 
@@ -334,12 +420,13 @@ def test_flash_attn_without_its_kernels(monkeypatch):
 def test_varlen_of_older_torch(monkeypatch):
     error = attention_support.varlen_error
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    assert error() == f"varlen needs torch 2.11, this is {torch.__version__}"
+    remedy = "take attention_backend flash_attn or flex"
+    assert error() == f"varlen needs torch 2.11, this is {torch.__version__}; {remedy}"
     error.cache_clear()
     monkeypatch.setitem(
         sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=lambda query, key, is_causal: None)
     )
-    assert error() == f"varlen has its window since torch 2.11, this is {torch.__version__}"
+    assert error() == f"varlen has its window since torch 2.11, this is {torch.__version__}; {remedy}"
     error.cache_clear()
     monkeypatch.setitem(
         sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=lambda query, key, window_size: None)
@@ -353,13 +440,13 @@ def test_varlen_of_older_torch(monkeypatch):
         ("flash_attn", 8, None),
         ("flash_attn", 12, None),  # it pads
         ("flash_attn", 256, None),
-        ("flash_attn", 264, "flash_attn takes heads up to 256 wide, not 264"),
+        ("flash_attn", 264, "flash_attn takes heads up to 256 wide, not 264" + OTHER_HEADS),
         ("varlen", 8, None),
         ("varlen", 256, None),
-        ("varlen", 12, "varlen takes heads up to 256 wide in steps of 8, not 12"),
-        ("varlen", 264, "varlen takes heads up to 256 wide in steps of 8, not 264"),
+        ("varlen", 12, "varlen takes heads up to 256 wide in steps of 8, not 12" + OTHER_HEADS),
+        ("varlen", 264, "varlen takes heads up to 256 wide in steps of 8, not 264" + OTHER_HEADS),
         ("flex", 16, None),
-        ("flex", 15, "flex takes heads from 16 wide up on a GPU, not 15"),
+        ("flex", 15, "flex takes heads from 16 wide up on a GPU, not 15" + OTHER_HEADS),
         ("eager", 1000, None),
     ],
 )
@@ -371,7 +458,8 @@ def test_widths_of_heads(gpu, backend, head_dim, reason):
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in WINDOWED])
 def test_no_window(gpu, backend):
     gpu(HOPPER)
-    sentence = f"attention_window needs attention_backend flash_attn, varlen or flex; {backend} has no window"
+    sentence = "attention_window needs attention_backend flash_attn, varlen or flex (without a GPU: eager); "
+    sentence += f"{backend} has no window"
     for device, dropout_p in ((CPU, 0.0), (CUDA, 0.0), (CUDA, 0.1)):
         assert unsupported_reason(backend, device, BF16, (2, 0), dropout_p=dropout_p) == sentence
 
@@ -387,22 +475,66 @@ def test_dropout(gpu, backend):
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [pytest.param(name) if name == "flex" else name for name in BACKENDS])
 def test_on_a_cpu(backend):
     reason = unsupported_reason(backend, CPU, FP32)
     if backend in ("eager", "sdpa", "sdpa_math", "sdpa_flash"):
         assert reason is None
     elif backend == "flex":
-        assert "without gradients only" in reason
-        assert unsupported_reason(backend, CPU, FP32, training=False) is None
-        assert unsupported_reason(backend, CPU, FP32, WINDOW, training=False) is None
+        assert reason == FLEX_ON_CPU
     else:
-        assert reason == f"{backend} needs an NVIDIA GPU"
+        assert reason == NO_GPU.format(backend)
+
+
+def test_flex_on_a_cpu_without_gradients():
+    assert unsupported_reason("flex", CPU, FP32) is not None
+    assert unsupported_reason("flex", CPU, FP32, training=False) is None
+    assert unsupported_reason("flex", CPU, FP32, WINDOW, training=False) is None
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("eager", "sdpa", "sdpa_math")])
 def test_on_a_device_of_another_kind(backend):
-    assert "needs an NVIDIA GPU" in unsupported_reason(backend, torch.device("mps"), BF16)
+    reason = unsupported_reason(backend, torch.device("mps"), BF16)
+    if backend == "flex":
+        assert reason.startswith("flex needs an NVIDIA GPU with the triton package")
+    else:
+        assert reason == NO_GPU.format(backend)
+
+
+REMEDY = re.compile(rf"attention_backend ({'|'.join(['auto', *BACKENDS])})\b|--(precision|dropout|num_heads)\b")
+MACHINES = [(CPU, HOPPER), *((CUDA, capability) for capability in (HOPPER, AMPERE, BLACKWELL, (12, 0), TURING))]
+
+
+@pytest.mark.parametrize("backend", [pytest.param(name) if name == "flex" else name for name in BACKENDS])
+def test_every_refusal_names_what_to_change(gpu, backend):
+    """A flag or another backend; missing packages, whose sentences are tested further up, are not pretended here."""
+    refusals = set()
+    for device, capability in MACHINES:
+        gpu(capability)
+        options = itertools.product((BF16, FP32), (FULL, WINDOW), (12, 64, 264), (True, False), (0.0, 0.1))
+        for dtype, window, head_dim, training, dropout_p in options:
+            refusals.add(
+                unsupported_reason(backend, device, dtype, window, head_dim, training=training, dropout_p=dropout_p)
+            )
+    refusals.discard(None)
+    assert bool(refusals) == (backend != "eager")
+    assert [reason for reason in refusals if not REMEDY.search(reason)] == []
+    assert [
+        reason for reason in refusals if "\n" in reason or not reason.startswith((backend, "attention_window"))
+    ] == []
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "flash_attn_3", "flash_attn_4"])
+def test_a_missing_package_says_how_to_get_it(monkeypatch, backend):
+    """On a Hopper, through the same door as every other refusal."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
+    names = [entry[0] for entry in FLASH_IMPLEMENTATIONS.values()]
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: names, raising=False)
+    for module in ("flash_attn_2_cuda", "flash_attn_interface", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, module, None)
+    reason = unsupported_reason(backend, CUDA, BF16)
+    assert "is not installed" in reason
+    assert re.search(r"; (install it with `uv (sync|pip) .+`|build it from the hopper folder) ?", reason)
 
 
 def test_flex_needs_triton(gpu):
@@ -445,16 +577,32 @@ def test_what_pytorch_says_against_a_kernel(monkeypatch, backend, check):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what PyTorch says is for the sentence, not for the screen
         assert says(True, "ignored") is None
-        assert says(False) == f"PyTorch refuses {backend}: without a reason"
+        remedy = "take attention_backend sdpa or auto"
+        assert says(False) == f"PyTorch refuses {backend}: without a reason; {remedy}"
         first = "Flash attention\n kernel not used because: (Triggered internally at sdp_utils.cpp:42.)"
         second = "Head dim 80 is odd (Triggered internally at sdp_utils.cpp:43.)"
         assert says(False, first, second) == (
-            f"PyTorch refuses {backend}: Flash attention kernel not used because: Head dim 80 is odd"
+            f"PyTorch refuses {backend}: Flash attention kernel not used because: Head dim 80 is odd; {remedy}"
         )
     params = asked[-1]
     assert tuple(params.query.shape) == tuple(params.key.shape) == tuple(params.value.shape) == (1, 1, 99, 80)
     assert (params.query.dtype, params.query.requires_grad) == (BF16, True)
     assert (params.is_causal, params.dropout, params.attn_mask) == (True, 0.25, None)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, pytest.param(torch.inference_mode)],
+)
+def test_pytorch_is_asked_about_training_whatever_the_mode(monkeypatch, mode):
+    """The answer is kept for later calls, which may train."""
+    asked = []
+    monkeypatch.setattr(
+        torch.backends.cuda, "can_use_flash_attention", lambda params, debug: asked.append(params) or True
+    )
+    with mode():
+        attention_support.pytorch_refusal("sdpa_flash", CPU, BF16, 64, True, 0.0, 8)
+    assert asked[0].query.requires_grad
 
 
 def test_the_name_of_a_wheel(monkeypatch):

@@ -22,8 +22,6 @@ ENVIRONMENT = {
 }  # fmt: skip
 CELL = Case("eager", 32, 1024, 32, 64, causal=False, layout="packed")
 SPEED = {name: 10.0 / (place + 1) for place, name in enumerate(["eager", "sdpa_flash", "sdpa_cudnn", "flash_attn"])}
-# Found by these tests and reported; strict, so the marker has to go with the bug.
-KNOWN = pytest.mark.xfail(strict=True, reason="reported bug of plot_attention.py")
 
 
 def made(case: Case, ms: float | None = None, status: str = "ok", reason: str = "") -> Measurement:
@@ -196,7 +194,7 @@ def test_crosses_of_several_kernels_do_not_hide_each_other(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("status", [pytest.param("oom", marks=KNOWN), "unsupported", "error"])
+@pytest.mark.parametrize("status", ["oom", "unsupported", "error"])
 @pytest.mark.parametrize("contexts", [(512,), (512, 1024)])
 def test_where_nothing_ran_there_is_a_figure_all_the_same(tmp_path, status, contexts):
     nothing_ran = [made(replace(CELL, context_length=context), status=status) for context in contexts]
@@ -282,7 +280,6 @@ def test_what_was_varied_is_the_x_axis(tmp_path, cases, files, label):
         assert len(line_of(figure.axes[0], "eager")) == len(cases) // len(files)
 
 
-@KNOWN
 @pytest.mark.parametrize(
     ("sweep", "cases", "label"),
     [
@@ -296,7 +293,6 @@ def test_the_parameter_of_the_experiment_is_the_x_axis(tmp_path, sweep, cases, l
     assert figure.axes[-1].get_xlabel() == label
 
 
-@KNOWN
 def test_three_varied_numbers_are_not_joined_in_one_line(tmp_path):
     cases = itertools.product((512, 1024), (16, 32), (16, 32))
     measurements = [made(replace(CELL, context_length=c, batch_size=b, num_heads=h)) for c, b, h in cases]
@@ -451,7 +447,6 @@ def test_a_broken_folder_costs_one_sentence(tmp_path, capsys, monkeypatch, kind,
     assert not list(folder.glob("*.png"))
 
 
-@KNOWN
 @pytest.mark.parametrize("column", ["direction", "n", "p20", "device", "sweep", "embedding_dim", "chosen_backend"])
 def test_any_column_that_is_drawn_may_be_missing(tmp_path, column):
     """KeyError, or a figure without its bars."""
@@ -461,7 +456,6 @@ def test_any_column_that_is_drawn_may_be_missing(tmp_path, column):
         plot_sweep(folder)
 
 
-@KNOWN
 @pytest.mark.parametrize(
     "damage", [lambda data: data.replace(b",ms,10,", b",ms,ten,"), lambda data: data + b"\xff\xfe"]
 )
@@ -483,7 +477,6 @@ def test_main_draws_every_folder_it_is_given(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.split() == [str(path) for path in drawn]
 
 
-@KNOWN
 def test_a_folder_without_cases_does_not_keep_the_others_from_being_drawn(tmp_path, monkeypatch):
     """`plot_attention.py outputs/attention_benchmark/*` meets the folder of overhead, which has no results.csv."""
     drawn = []
