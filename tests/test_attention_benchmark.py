@@ -945,7 +945,10 @@ def test_differences_of_one_round_are_not_judged(tmp_path):
 
 def test_the_same_kernel_under_two_names_is_a_control(tmp_path):
     """Rounds 1 % apart, but the same operator 4 % apart from itself: a difference of 4 % is none."""
-    fused, other = {"operator": "aten._scaled_dot_product_flash"}, {"operator": "flash_attn._flash_attn_forward"}
+    fused, other = (
+        {"operator": "aten._scaled_dot_product_flash_attention"},
+        {"operator": "flash_attn._flash_attn_forward"},
+    )
     large = replace(CASE, context_length=512)
     cases = [
         with_noise(replace(CASE, backend="sdpa"), 10.0, 0.01, **fused),
@@ -958,7 +961,7 @@ def test_the_same_kernel_under_two_names_is_a_control(tmp_path):
     text, headline = summary(cases, tmp_path)
     assert headline["noise_floor_forward_backward"] == pytest.approx(0.04)
     assert headline["noise_floor_forward"] == pytest.approx(0.01, rel=1e-2)
-    first = {name: verdict for name, verdict in verdicts(text.split("context 512")[0]).items()}
+    first = verdicts(text.split("context 512")[0])
     assert first["flash_attn"] == "no difference to the fastest" and first["eager"] == "1.04 x the fastest"
     assert "1 pairs" in text and "over 6 cases" in text
     headline = summary([cases[0], *cases[2:]], tmp_path)[1]
