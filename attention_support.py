@@ -308,8 +308,8 @@ def choose_flash_backend(
         reason = unsupported_reason(backend, device, dtype, window, head_dim, dropout_p=dropout_p)
         if reason is None:
             return backend
-        reasons.append(reason)
-    raise SettingsError(f"--use_flash_attention true cannot run here: {'; '.join(reasons)}")
+        reasons.append(reason.split("; take attention_backend")[0])
+    raise SettingsError(f"--use_flash_attention true cannot run here: {'; '.join(reasons)}; leave the flag out")
 
 
 def parse_window(text: str | None) -> tuple[int, int]:

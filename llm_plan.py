@@ -108,7 +108,8 @@ def make_plan(settings: Any) -> Plan:
         backend = choose_flash_backend(device, dtype, window, model.head_dim, model.dropout)
         notes.append(f"--use_flash_attention: attention_backend {backend}")
         if backend != "flash_attn":
-            notes[-1] += f" ({unsupported_reason('flash_attn', device, dtype, window, model.head_dim)})"
+            reason = unsupported_reason("flash_attn", device, dtype, window, model.head_dim)
+            notes[-1] += f" ({reason.split('; take attention_backend')[0]})"
     else:
         backend = settings.attention_backend or "sdpa"
         if backend == "auto":
