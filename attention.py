@@ -138,7 +138,7 @@ def _flash_attn(q, k, v, causal, window, dropout_p, softmax_scale):
 
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _sequence_starts(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+def sequence_starts(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
     """(batch + 1,): where each sequence begins when all lie one after another, as varlen kernels want it."""
     return torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)
 
@@ -148,7 +148,7 @@ def _varlen(q, k, v, causal, window, softmax_scale):
     from torch.nn.attention.varlen import varlen_attn
 
     batch, tokens, heads, head_dim = q.shape
-    starts = _sequence_starts(batch, tokens, q.device)
+    starts = sequence_starts(batch, tokens, q.device)
     q, k, v = (x.reshape(batch * tokens, heads, head_dim) for x in (q, k, v))
     window = (window[0], 0) if causal else window
     output = varlen_attn(q, k, v, starts, starts, tokens, tokens, scale=softmax_scale, window_size=window)

@@ -33,7 +33,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from attention import DTYPES, attention, observe_kernel, packed_attention, score_bias, visible_keys
+from attention import DTYPES, attention, observe_kernel, packed_attention, score_bias, sequence_starts, visible_keys
 from attention_support import FULL, choose_backend, unsupported_reason
 from batch_size import is_out_of_memory
 from memory_tracker import MemoryTracker
@@ -335,16 +335,18 @@ def longest_kernel(function: Callable[[], Any], device: torch.device) -> tuple[A
 
 
 def clean(device: torch.device) -> None:
-    """Leave nothing of the case before in the allocator, its cached masks included."""
+    """Leave nothing of the case before in the allocator, its cached masks included (flex keeps its: a few KiB)."""
     score_bias.cache_clear()
+    sequence_starts.cache_clear()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        # cuBLAS keeps a workspace in the allocator; with it in place no case pays for having been the first.
+        # cuBLAS keeps a workspace for each thread in the allocator, one for the backward pass too; with both in place
+        # no case pays for having been the first.
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            x = torch.ones(16, 16, device=device, dtype=dtype)
-            x @ x
+            x = torch.ones(16, 16, device=device, dtype=dtype, requires_grad=True)
+            (x @ x).sum().backward()
         del x
 
 
@@ -444,9 +446,7 @@ def _examine(
     if wrong:
         measurement.status, measurement.reason = "error", f"parity: {', '.join(wrong)}"
         return
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+    clean(device)
     measurement.peak_bytes, measurement.peak_above_inputs_bytes = measure_memory(
         case, device, inputs, upstream, held, limit_bytes
     )

@@ -485,7 +485,7 @@ def test_call_of_flex(uncompiled_flex, causal):
 @pytest.fixture
 def nothing_kept():
     """The caches as in a new process; what a stand-in left in them is forgotten afterwards too."""
-    cached = (score_bias, attention._sequence_starts, attention.flex_block_mask)
+    cached = (score_bias, attention.sequence_starts, attention.flex_block_mask)
     for function in cached:
         function.cache_clear()
     yield cached
@@ -509,7 +509,7 @@ def test_nothing_kept_is_of_inference_mode(nothing_kept):
     with torch.inference_mode():
         kept = [
             score_bias(8, True, (2, 0), torch.float32, CPU),
-            attention._sequence_starts(2, 8, CPU),
+            attention.sequence_starts(2, 8, CPU),
             attention.flex_block_mask(8, True, (2, 0), CPU).kv_num_blocks,
             attention.flex_block_mask(8, True, (2, 0), CPU).kv_indices,
         ]

@@ -873,6 +873,21 @@ def test_gpu_measure_finds_the_same_peak():
     assert measurement.peak_bytes == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [FULL, (64, 0)])
+@pytest.mark.parametrize("backend", ["eager", "sdpa_math", "sdpa_flash", "sdpa_cudnn", "flash_attn", "varlen", "flex"])
+def test_gpu_the_inputs_are_the_difference_of_the_two_peaks(backend, window):
+    """Masks and the like that the parity check left in a cache count as memory of the case, not as its inputs."""
+    reason = unsupported_reason(backend, CUDA, torch.bfloat16, window, 64, tokens=512)
+    if reason is not None:
+        pytest.skip(reason)
+    case = Case(backend, 2, 512, 4, 64, window=window, dtype="bf16")
+    measurement = measure(case, CUDA, Reference(), **QUICK)
+    assert (measurement.status, measurement.reason) == ("ok", "")
+    for direction, peak in measurement.peak_bytes.items():
+        assert peak - measurement.peak_above_inputs_bytes[direction] == case.inputs_bytes
+
+
 FIRST_AND_SECOND = """
 import torch
 from attention_measure import Case, Reference, measure
