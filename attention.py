@@ -273,7 +273,7 @@ def attention(
             if window != FULL:
                 return _varlen(q, k, v, causal, window, softmax_scale)
             return _sdpa("sdpa_flash", q, k, v, causal, dropout_p, softmax_scale)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, SettingsError):
         raise
     except KERNEL_ERRORS as error:
         # Only now, when it went wrong, is it worth the time to find out why.
