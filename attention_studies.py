@@ -37,6 +37,7 @@ from attention_measure import (
     round_differences,
 )
 from attention_support import SDPA_KERNELS, unsupported_reason
+from technique_bench import find_break_even
 from utils import percentile
 
 BLOCK, BLOCKS = 5, 70  # repetitions in a block of the overhead study, and blocks of each variant and round
@@ -58,34 +59,6 @@ class CaseFailed(Exception):
 # --------------------------------------------------------------------------------------------------------------------
 # Break-even contexts
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def find_break_even(saves: Callable[[int], bool], contexts: list[int], step: int) -> tuple[int | None, int | None]:
-    """The context from which on something saves, by bisection between the points of a grid.
-
-    Args:
-        saves: whether it saves at a context; asked once for every context of the grid and for those of the bisection.
-        contexts: rising.
-        step: bisect until the bounds are this close.
-
-    Returns:
-        (largest context known not to save, smallest from which it saved at every larger point of the grid);
-        (None, first) if it saves everywhere, (last, None) if it does not save at the largest.
-    """
-    failed = [place for place, context in enumerate(contexts) if not saves(context)]
-    if not failed:
-        return None, contexts[0]
-    if failed[-1] == len(contexts) - 1:
-        return contexts[-1], None
-    low, high = contexts[failed[-1]], contexts[failed[-1] + 1]
-    while high - low > step:
-        middle = (low + high) // 2 // step * step
-        middle = middle if middle > low else low + step
-        if saves(middle):
-            high = middle
-        else:
-            low = middle
-    return low, high
 
 
 def break_even(

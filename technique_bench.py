@@ -1,0 +1,248 @@
+"""Measure a technique alone: peak memory and time of a step, the size from which on it pays, and a run folder.
+
+Every technique file's `main()` uses it: `measure` for one variant, `find_break_even` for a bisection over sizes,
+`Study` to print the table and leave it in outputs/techniques/<name>/run.json.
+
+    python technique_bench.py     measures allocations and a pause of known size
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batch_size import is_out_of_memory
+from memory_tracker import MemoryTracker
+from run_folder import RunFolder, StepClock, check_writable, describe_environment, now
+from utils import GIB, percentile, run_script
+
+EXACTNESS = ("bitwise", "within rounding", "changed")
+
+
+@dataclass
+class Cost:
+    """What a step needs: peak allocated GiB, of which `start_gib` lay there before; median ms; status ok or oom."""
+
+    status: str
+    start_gib: float | None = None
+    peak_gib: float | None = None
+    ms: float | None = None
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    n: int = 0
+
+
+def measure(
+    step: Callable[[], None],
+    device: torch.device,
+    *,
+    roots: tuple[Any, ...] = (),
+    repeats: int = 10,
+    warm_up: int = 2,
+) -> Cost:
+    """Peak memory and time of a function that runs one training step (or part of one) and keeps nothing.
+
+    Args:
+        step: called warm_up + 1 + repeats times; compiles, makes optimizer states and the like in the first calls.
+        device: whose memory and clock count.
+        roots: modules and optimizers whose tensors are there before (needed without a GPU).
+        repeats: timed calls, after the one whose memory is tracked.
+        warm_up: calls before anything is measured.
+
+    Returns:
+        The cost; an out-of-memory error is a status, every other error is raised.
+    """
+    clock, tracker = StepClock(device), MemoryTracker(device, roots=roots)
+    status = "ok"
+    try:
+        for _ in range(warm_up):
+            step()
+        with tracker.step(1), tracker.phase("step"):
+            step()
+        for _ in range(repeats):
+            clock.start()
+            step()
+            clock.stop()
+        times = clock.read()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        status = "oom"
+    if status == "oom":  # the except block has been left, so its frames and their tensors can go
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return Cost("oom")
+    row = tracker.summary()["step"]
+    return Cost(
+        status,
+        row["start_allocated_gib"],
+        row["peak_allocated_gib"],
+        *(round(percentile(times, percent), 4) for percent in (50, 20, 80)),
+        n=len(times),
+    )
+
+
+def find_break_even(saves: Callable[[int], bool], sizes: Sequence[int], step: int) -> tuple[int | None, int | None]:
+    """The size from which on something saves, by bisection between the points of a grid.
+
+    Args:
+        saves: whether it saves at a size; asked once for every size of the grid and for those of the bisection.
+        sizes: rising.
+        step: bisect until the bounds are this close.
+
+    Returns:
+        (largest size known not to save, smallest from which it saved at every larger point of the grid);
+        (None, first) if it saves everywhere, (last, None) if it does not save at the largest.
+    """
+    failed = [place for place, size in enumerate(sizes) if not saves(size)]
+    if not failed:
+        return None, sizes[0]
+    if failed[-1] == len(sizes) - 1:
+        return sizes[-1], None
+    low, high = sizes[failed[-1]], sizes[failed[-1] + 1]
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        middle = middle if middle > low else low + step
+        if saves(middle):
+            high = middle
+        else:
+            low = middle
+    return low, high
+
+
+@dataclass
+class Study:
+    """The results of one technique file: rows of variants, answers of bisections; printed and kept in a run folder.
+
+    Args:
+        name: of the folder in outputs/techniques/, such as cross_entropy.
+        settings: the script's settings dataclass; its `output_folder` says where.
+        device: what is measured on.
+    """
+
+    name: str
+    settings: Any
+    device: torch.device
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    break_even: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_writable(Path(self.settings.output_folder) / "techniques", "--output_folder")
+
+    def add(
+        self,
+        variant: str,
+        cost: Cost,
+        *,
+        exactness: str | None = None,
+        error: float | None = None,
+        formula_saved_gib: float | None = None,
+        baseline: str | None = None,
+        note: str = "",
+    ) -> None:
+        """One row and its printed line.
+
+        Args:
+            exactness: bitwise, within rounding or changed, as compared in this run; None if it was not compared.
+            error: largest relative difference from the reference that the comparison saw.
+            formula_saved_gib: what the file's formula says it saves against `baseline`.
+            baseline: the variant it is held against (an earlier row); None for the baseline itself.
+            note: anything a reader needs, such as why it is unsupported.
+        """
+        if exactness is not None and exactness not in EXACTNESS:
+            raise ValueError(f"exactness {exactness} is none of {', '.join(EXACTNESS)}")
+        base = next((row for row in self.rows if row["variant"] == baseline), None)
+        both = base is not None and base["status"] == cost.status == "ok"
+        row = {
+            "variant": variant,
+            "baseline": baseline,
+            **asdict(cost),
+            "saved_gib": round(base["peak_gib"] - cost.peak_gib, 4) if both else None,
+            "formula_saved_gib": None if formula_saved_gib is None else round(formula_saved_gib, 4),
+            "extra_time": round(cost.ms / base["ms"] - 1, 4) if both else None,
+            "exactness": exactness,
+            "error": error,
+            "note": note,
+        }
+        if not self.rows:
+            heads = f"{'variant':<34}{'peak GiB':>10}{'saved':>9}{'formula':>9}{'ms':>10}{'time':>8}"
+            print(f"{heads}  {'result':<16}{'error':>9}")
+        self.rows.append(row)
+
+        def shown(value: float | None, style: str) -> str:
+            return "-" if value is None else format(value, style)
+
+        print(
+            f"{variant:<34}{cost.status if cost.status != 'ok' else format(cost.peak_gib, '.4f'):>10}"
+            f"{shown(row['saved_gib'], '+.4f'):>9}{shown(row['formula_saved_gib'], '+.4f'):>9}"
+            f"{shown(cost.ms, '.2f'):>10}{shown(row['extra_time'], '+.1%'):>8}  {exactness or '-':<16}"
+            f"{shown(error, '.1e'):>9}  {note}".rstrip()
+        )
+
+    def ask(self, question: str, unit: str, saves: Callable[[int], bool], sizes: Sequence[int], step: int) -> None:
+        """Find a break-even size, print it and keep every size that was tried."""
+        tried: list[tuple[int, bool]] = []
+
+        def noted(size: int) -> bool:
+            tried.append((size, bool(saves(size))))
+            return tried[-1][1]
+
+        low, high = find_break_even(noted, sizes, step)
+        if high is None:
+            words = f"not up to {low:,} {unit}"
+        else:
+            words = f"from {high:,} {unit} on" + (
+                f" (not yet at {low:,})" if low is not None else ", the smallest tried"
+            )
+        self.break_even.append({"question": question, "unit": unit, "low": low, "high": high, "tried": sorted(tried)})
+        print(f"{question}: {words}")
+
+    def save(self, **more: Any) -> Path:
+        """Write outputs/techniques/<name>/run.json and print the path as one JSON object on the last line."""
+        run = RunFolder.create(self.settings.output_folder, "techniques", self.name, unique=True)
+        run.update(
+            status="ok",
+            experiment="techniques",
+            run_name=run.path.name,
+            **describe_environment(self.device),
+            settings=asdict(self.settings),
+            results={"rows": self.rows, "break_even": self.break_even, **more},
+            finished_at=now(),
+        )
+        print(json.dumps({"run": str(run.path), "status": "ok", "rows": len(self.rows)}))
+        return run.path
+
+
+def relative_error(values: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
+    """The largest over the tensors of |value - reference| / |reference| (2-norms in fp64); 0 if all are equal."""
+    worst = 0.0
+    for value, exact in zip(values, reference, strict=True):
+        difference = (value.detach().double() - exact.detach().double()).norm().item()
+        scale = exact.detach().double().norm().item()
+        worst = max(worst, difference / scale if scale else difference)
+    return worst
+
+
+def main() -> int:
+    """Measure a step that allocates 64 MiB and takes 20 ms."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def step() -> None:
+        block = torch.ones(64 * 2**20, dtype=torch.uint8, device=device)
+        time.sleep(0.02)
+        del block
+
+    cost = measure(step, device, repeats=5)
+    seen = cost.peak_gib - cost.start_gib
+    print(f"{seen * GIB / 2**20:.2f} MiB seen, 64 expected; {cost.ms:.1f} ms seen, 20 or a little more expected")
+    return 0 if abs(seen * GIB - 64 * 2**20) < 2**10 and cost.ms >= (20 if device.type == "cpu" else 0) else 1
+
+
+if __name__ == "__main__":
+    run_script(main)
