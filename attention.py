@@ -286,6 +286,12 @@ def attention(
     raise SettingsError(f"attention_backend {backend} is unknown; choose one of auto, {', '.join(BACKENDS)}")
 
 
+@torch.compiler.assume_constant_result
+def _flash_attn_runs() -> bool:
+    """Whether flash-attn can be imported; torch.compile takes the answer for a constant instead of tracing imports."""
+    return flash_attn_error() is None
+
+
 def packed_attention(
     qkv: torch.Tensor,
     *,
@@ -306,7 +312,7 @@ def packed_attention(
     if backend == "auto":
         qkv = qkv.to(_kernel_dtype(qkv))
         backend = _auto(qkv, (qkv,), causal, window, dropout_p, packed=True)
-    if backend == "flash_attn" and flash_attn_error() is None:
+    if backend == "flash_attn" and _flash_attn_runs():
         from flash_attn import flash_attn_qkvpacked_func
 
         try:

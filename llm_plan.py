@@ -11,7 +11,11 @@ from typing import Any
 import psutil
 import torch
 
+import checkpointing
+import cross_entropy
+import optimizers
 from attention_support import FULL, choose_backend, choose_flash_backend, parse_window, unsupported_reason
+from cross_entropy import CHUNK_TOKENS
 from dataset import TextData
 from precision import AUTOCAST_DTYPES, set_precision
 from transformer_based_llm import MODEL_SIZES, ModelConfig, model_config
@@ -20,7 +24,9 @@ from utils import GIB, SettingsError
 MUST_BE_POSITIVE = (
     "batch_size", "max_batch_size", "memory_budget_gib", "tokens_per_update", "epochs", "max_steps", "log_every",
     "max_training_minutes", "checkpoint_every_minutes", "learning_rate", "tracked_steps", "measured_steps",
+    "loss_chunk_tokens", "checkpoint_every",
 )  # fmt: skip
+NOT_COMPILED = ("flex", "flash_attn_3", "flash_attn_4")  # they compile themselves or switch PyTorch's kernels
 
 
 @dataclass
@@ -31,6 +37,10 @@ class Plan:
     precision: str
     model: ModelConfig
     model_size: str
+    loss: str
+    loss_chunk_tokens: int
+    use_compile: bool
+    autocast_precision: str  # fp32 (no autocast) where the parameters themselves are bf16
     batch_size: int
     capacity_gib: float  # of the GPU or the budget
     limit_bytes: int | None  # budget for live tensors without a GPU; on a GPU the allocator keeps it
@@ -47,7 +57,7 @@ def make_plan(settings: Any) -> Plan:
         value = getattr(settings, name)
         if value is not None and not 0 < value < float("inf"):
             raise SettingsError(f"--{name} must be above 0 and finite, not {value}")
-    for name in ("weight_decay", "seed", "split_seed"):
+    for name in ("weight_decay", "seed", "split_seed", "profile_steps"):
         if not 0 <= getattr(settings, name) < 2**63:
             raise SettingsError(f"--{name} must be at least 0 and below 2^63, not {getattr(settings, name)}")
     for name in ("experiment", "run_name"):
@@ -71,7 +81,7 @@ def make_plan(settings: Any) -> Plan:
             "compare the perplexity with the unigram's; --optimizer adamw decays the weights instead"
         )
     device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-    half = settings.use_flash_attention or settings.use_fp16
+    half = settings.use_flash_attention or settings.use_fp16 or settings.parameters != "fp32"
     precision = settings.precision or ("bf16" if half else "fp32")
     if settings.use_fp16:
         notes.append(
@@ -79,6 +89,7 @@ def make_plan(settings: Any) -> Plan:
         )
     set_precision(precision, device)
 
+    check_techniques(settings, precision, device)
     model_size = settings.model_size
     if model_size == "auto":
         model_size = "gpt2" if device.type == "cuda" else "tiny"
@@ -89,7 +100,8 @@ def make_plan(settings: Any) -> Plan:
         **shape,
         dropout=settings.dropout,
         attention_window=window,
-        use_gradient_checkpointing=settings.use_gradient_checkpointing,
+        gradient_checkpointing="block" if settings.use_gradient_checkpointing else settings.gradient_checkpointing,
+        checkpoint_every=settings.checkpoint_every,
     )
     if window != FULL and not (window[1] == 0 and 0 <= window[0] < model.context_length - 1):
         raise SettingsError(
@@ -131,6 +143,13 @@ def make_plan(settings: Any) -> Plan:
                 "eager attention computes all scores and masks them: this window changes the result, saves nothing"
             )
     model = model_config(model_size, **(asdict(model) | {"attention_backend": backend}))
+    reason = checkpointing.unsupported_reason(model.gradient_checkpointing, backend, device, model.dropout)
+    if reason is not None:
+        raise SettingsError(f"--gradient_checkpointing {model.gradient_checkpointing} cannot run here: {reason}")
+    if settings.use_compile and backend in NOT_COMPILED:
+        raise SettingsError(
+            f"--use_compile true has not been made to work with attention_backend {backend}; take sdpa or flash_attn"
+        )
 
     if settings.tokens_per_update is not None and settings.tokens_per_update % model.context_length:
         raise SettingsError(
@@ -145,6 +164,11 @@ def make_plan(settings: Any) -> Plan:
                 f"{settings.tokens_per_update}; lower one or raise the other"
             )
         batch_size = settings.tokens_per_update // model.context_length
+    if settings.optimizer_in_backward and (settings.tokens_per_update or 0) > batch_size * model.context_length:
+        raise SettingsError(
+            "--optimizer_in_backward true drops each gradient at once, so an update is one batch: --tokens_per_update "
+            f"must not be above --batch_size x context length ({batch_size} x {model.context_length})"
+        )
     if settings.max_batch_size is not None and batch_size > settings.max_batch_size:
         if settings.batch_size is not None:
             raise SettingsError(f"--batch_size {batch_size} is above --max_batch_size {settings.max_batch_size}")
@@ -157,7 +181,72 @@ def make_plan(settings: Any) -> Plan:
         free = psutil.virtual_memory().available / GIB
         capacity = capacity or (free / 2 if settings.adjust_batch_size else None)
         limit_bytes = None if capacity is None else int(capacity * GIB)
-    return Plan(device, precision, model, model_size, batch_size, capacity or free, limit_bytes, notes)
+    return Plan(
+        device=device,
+        precision=precision,
+        model=model,
+        model_size=model_size,
+        loss=settings.loss,
+        loss_chunk_tokens=settings.loss_chunk_tokens or min(CHUNK_TOKENS, -(-batch_size * model.context_length // 8)),
+        use_compile=settings.use_compile,
+        autocast_precision=precision if settings.parameters == "fp32" else "fp32",
+        batch_size=batch_size,
+        capacity_gib=capacity or free,
+        limit_bytes=limit_bytes,
+        notes=notes,
+    )
+
+
+def check_techniques(settings: Any, precision: str, device: torch.device) -> None:
+    """Raise where a technique's settings exclude each other, have no effect, or cannot run on this device."""
+    if settings.use_gradient_checkpointing and settings.gradient_checkpointing not in (None, "block"):
+        raise SettingsError(
+            "--use_gradient_checkpointing true means block and contradicts "
+            f"--gradient_checkpointing {settings.gradient_checkpointing}; give one"
+        )
+    if settings.checkpoint_every is not None and settings.gradient_checkpointing != "every_k":
+        raise SettingsError("--checkpoint_every has no effect without --gradient_checkpointing every_k")
+    if settings.loss_chunk_tokens is not None and settings.loss != "chunked":
+        raise SettingsError("--loss_chunk_tokens has no effect without --loss chunked")
+    reason = cross_entropy.unsupported_reason(settings.loss, device)
+    if reason is not None:
+        raise SettingsError(f"--loss {settings.loss} cannot run here: {reason}")
+    reason = optimizers.unsupported_reason(
+        settings.optimizer, settings.parameters, settings.optimizer_in_backward, device
+    )
+    if reason is not None:
+        raise SettingsError(f"--optimizer {settings.optimizer} cannot run here: {reason}")
+    if settings.parameters != "fp32" and precision != "bf16":
+        raise SettingsError(f"--parameters {settings.parameters} are bf16 and contradict --precision {precision}")
+    if settings.optimizer_in_backward and precision == "fp16":
+        raise SettingsError(
+            "--optimizer_in_backward true updates before fp16's gradient scaler has seen all gradients; use "
+            "--precision bf16"
+        )
+    if settings.profile_steps and device.type != "cuda":
+        raise SettingsError("--profile_steps reads the GPU's kernels and there is no GPU here; leave it out")
+    if settings.activation_memory_budget is not None:
+        if not settings.use_compile:
+            raise SettingsError("--activation_memory_budget has no effect without --use_compile true")
+        if settings.use_gradient_checkpointing or settings.gradient_checkpointing not in (None, "none"):
+            raise SettingsError(
+                "--activation_memory_budget lets the compiler choose what to recompute, --gradient_checkpointing says "
+                "it; give one of them"
+            )
+    if not settings.use_compile:
+        return
+    if settings.gradient_checkpointing == "offload":
+        raise SettingsError("--gradient_checkpointing offload moves tensors between blocks, and --use_compile has none")
+    if settings.optimizer_in_backward:
+        raise SettingsError(
+            "--optimizer_in_backward true saves nothing with --use_compile true: a compiled backward pass returns all "
+            "gradients at once; leave one of them out"
+        )
+    if device.type == "cpu" and (settings.adjust_batch_size or settings.memory_budget_gib is not None):
+        raise SettingsError(
+            "--adjust_batch_size and --memory_budget_gib count live tensors without a GPU, and compiled code cannot be "
+            "counted; leave --use_compile out"
+        )
 
 
 def default_run_name(settings: Any, plan: Plan) -> str:
@@ -165,10 +254,22 @@ def default_run_name(settings: Any, plan: Plan) -> str:
     parts = [plan.precision, plan.model.attention_backend]
     if plan.model.attention_window != FULL:
         parts.append("window-({},{})".format(*plan.model.attention_window))
-    if settings.use_gradient_checkpointing:
+    if plan.model.gradient_checkpointing == "block":
         parts.append("gradient-checkpointing")
+    elif plan.model.gradient_checkpointing != "none":
+        parts.append(f"{plan.model.gradient_checkpointing}-checkpointing")
+    if settings.loss != "full":
+        parts.append(f"{settings.loss}-loss")
+    if settings.use_compile:
+        parts.append("compile")
+    if settings.activation_memory_budget is not None:
+        parts.append(f"memory-budget-{settings.activation_memory_budget}")
     if settings.optimizer != "adamw":
         parts.append(settings.optimizer)
+    if settings.optimizer_in_backward:
+        parts.append("in-backward")
+    if settings.parameters != "fp32":
+        parts.append(settings.parameters)
     if settings.dropout:
         parts.append(f"dropout-{settings.dropout}")
     if settings.deterministic:
@@ -183,7 +284,7 @@ def check_corpus(data: TextData, plan: Plan, settings: Any) -> None:
     """Raise unless the training split fills an update and the split for the metrics has something to predict."""
     context_length = plan.model.context_length
     windows = data.splits["train"].num_windows(context_length)
-    if windows < 1 or len(data.splits[settings.evaluate_on].tokens) < 2:
+    if windows < 1 or (settings.evaluate_on != "none" and len(data.splits[settings.evaluate_on].tokens) < 2):
         raise SettingsError(
             f"{data.description['description']}: shorter than one context of {context_length} tokens after the "
             "80/10/10 split; use more text or a smaller --context_length"

@@ -6,9 +6,9 @@
     python llm_train.py --resume outputs/llm/RUN                               go on after an interruption
 
 Every technique is one flag, and one run changes one thing: --use_flash_attention, --attention_backend,
---attention_window, --precision (--use_fp16), --use_gradient_checkpointing, --optimizer, --batch_size. A run leaves
-run.json, steps.jsonl, memory.csv and pictures in outputs/<experiment>/<run_name>/; the last line printed is one JSON
-object with the results.
+--attention_window, --precision (--use_fp16), --loss, --gradient_checkpointing, --optimizer, --optimizer_in_backward,
+--parameters, --use_compile, --batch_size. A run leaves run.json, steps.jsonl, memory.csv and pictures in
+outputs/<experiment>/<run_name>/; the last line printed is one JSON object with the results.
 
 Perplexity follows the number of updates, and a larger batch makes fewer of them in an epoch: to compare the quality of
 two techniques keep --tokens_per_update and --max_steps equal.
@@ -18,9 +18,10 @@ import json
 import os
 import shutil
 import time
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +32,26 @@ import plot
 import utils
 from attention import observe_kernel
 from attention_support import BACKENDS
-from batch_size import METHODS, Probe, find_batch_size, is_out_of_memory, set_memory_budget, use_expandable_segments
+from batch_size import METHODS as SEARCH_METHODS
+from batch_size import Probe, find_batch_size, is_out_of_memory, set_memory_budget, use_expandable_segments
+from checkpointing import METHODS, set_activation_memory_budget
+from cross_entropy import LOSSES, cross_entropy, linear_cross_entropy
 from dataset import DATASET_NAMES, DEFAULT_TOKENIZER, TextData, TokenSplit, load_text_data
 from llm_plan import Plan, check_corpus, default_run_name, make_plan
 from memory_tracker import MemoryTracker
+from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer
 from precision import PRECISIONS, autocast, make_scaler
-from run_folder import Interrupted, RunFolder, StepLog, StopRequest, check_writable, describe_environment, now
+from run_folder import (
+    Interrupted,
+    RunFolder,
+    StepLog,
+    StopRequest,
+    check_writable,
+    describe_environment,
+    now,
+    write_atomically,
+)
+from step_profile import profile_steps, profile_table
 from training_state import capture, load_state, restore, save_state
 from transformer_based_llm import (
     MODEL_SIZES,
@@ -46,6 +61,8 @@ from transformer_based_llm import (
     model_summary,
 )
 from utils import SettingsError, parse_settings, run_script, setting
+
+EVALUATE_ON = ("test", "validation", "none")
 
 
 # fmt: off
@@ -71,15 +88,23 @@ class Settings:
     attention_window: str | None = setting(None, "keys seen before and after, such as 64,0 (default: all)")
     precision: str | None = setting(None, "default: fp32, or bf16 with flash attention", PRECISIONS)
     use_fp16: bool = setting(False, "the plwiki lab's name for BF16 autocast; the same as --precision bf16")
-    use_gradient_checkpointing: bool = setting(False, "keep only each block's input, recompute the rest")
-    optimizer: str = setting("adamw", "adamw (fused on a GPU), or adam with the decay as L2", ["adamw", "adam"])
+    loss: str = setting("full", "full holds all logits, chunked some, fused is liger-kernel's chunked loss", LOSSES)
+    loss_chunk_tokens: int | None = setting(None, "tokens whose logits live at a time (2048, or 1/8 batch)")
+    use_gradient_checkpointing: bool = setting(False, "the same as --gradient_checkpointing block")
+    gradient_checkpointing: str | None = setting(None, "what the blocks keep for the backward pass", METHODS)
+    checkpoint_every: int | None = setting(None, "with every_k: checkpoint every k-th block (default: 2)")
+    use_compile: bool = setting(False, "torch.compile the model and the loss")
+    activation_memory_budget: float | None = setting(None, "compiled: 1 keeps all that is saved, 0 recomputes all")
+    optimizer: str = setting("adamw", "adamw (fused on a GPU), adam (decay as L2), torchao's 8-bit", OPTIMIZERS)
+    optimizer_in_backward: bool = setting(False, "update each parameter as soon as its gradient is there")
+    parameters: str = setting("fp32", "bf16 parameters with an fp32 master copy or stochastic rounding", PARAMETERS)
     learning_rate: float = setting(0.0005, "constant learning rate")
     weight_decay: float = setting(0.1, "weight decay")
 
     # batch
     batch_size: int | None = setting(None, "sequences in a batch, or where the search starts (default: 64, tiny 8)")
     adjust_batch_size: bool = setting(False, "search the largest batch size that trains")
-    batch_size_search: str | None = setting(None, "grow by a quarter only, or bisect then (default)", METHODS)
+    batch_size_search: str | None = setting(None, "grow by a quarter only, or bisect then (default)", SEARCH_METHODS)
     max_batch_size: int | None = setting(None, "upper bound of the search")
     memory_budget_gib: float | None = setting(None, "play a card of this size (no GPU: half the free memory)")
     expandable_segments: bool = setting(True, "CUDA allocator that does not fragment; false is PyTorch's default")
@@ -98,11 +123,12 @@ class Settings:
     epochs: int = setting(1, "passes over the training split")
     max_steps: int | None = setting(None, "stop after this many optimizer steps")
     max_training_minutes: float | None = setting(None, "stop, save and evaluate after this long")
-    evaluate_on: str = setting("test", "split of the final metrics: choose on validation", ["test", "validation"])
+    evaluate_on: str = setting("test", "split of the final metrics: choose on validation", EVALUATE_ON)
 
     # measuring
     tracked_steps: int = setting(5, "steps whose memory is tracked, from the second on; they also warm up")
     measured_steps: int = setting(20, "steps after those whose median time is reported")
+    profile_steps: int = setting(0, "steps profiled at the end: where the time goes (a GPU)")
     log_every: int = setting(100, "steps between printed lines")
 
     # run
@@ -150,14 +176,6 @@ def read_settings() -> tuple[Settings, RunFolder | None]:
     return settings, run
 
 
-def make_optimizer(settings: Settings, model: TransformerLM, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, which runs as one fused kernel on a GPU, or Adam with L2, as the plwiki lab names its optimizer."""
-    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), **options, fused=device.type == "cuda")
-    return torch.optim.Adam(model.parameters(), **options)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # One step, and the metrics of a split
 # --------------------------------------------------------------------------------------------------------------------
@@ -165,12 +183,49 @@ def make_optimizer(settings: Settings, model: TransformerLM, device: torch.devic
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
+class Objective:
+    """The model and its loss as the plan wants them: which makes the logits, in which precision, compiled or not."""
+
+    def __init__(self, model: TransformerLM, plan: Plan):
+        self.model, self.plan = model, plan
+        self.makes_logits = plan.loss == "full"
+        self.forward = model if self.makes_logits else model.hidden_states
+        self.loss = self.full_loss if self.makes_logits else self.loss_without_logits
+        if plan.use_compile:
+            self.forward = torch.compile(self.forward, fullgraph=True)
+            if self.makes_logits:
+                self.loss = torch.compile(cross_entropy, fullgraph=True)
+
+    def autocast(self) -> AbstractContextManager:
+        return autocast(self.plan.autocast_precision, self.plan.device)
+
+    def full_loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        return cross_entropy(logits, targets, reduction)
+
+    def loss_without_logits(self, hidden: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        plan = self.plan
+        options = {"loss": plan.loss, "chunk_tokens": plan.loss_chunk_tokens, "compiled": plan.use_compile}
+        return linear_cross_entropy(hidden, self.model.head.weight, targets, reduction=reduction, **options)
+
+    @torch.no_grad()
+    def sum_of_losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum of the tokens' losses in nats (fp64 scalar on the device), without dropout, never compiled."""
+        self.model.eval()
+        with self.autocast():
+            if self.makes_logits:
+                logits = self.model(inputs)
+                losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").double()
+            else:
+                losses = self.loss_without_logits(self.model.hidden_states(inputs), targets, "sum").double()
+        self.model.train()
+        return losses.sum()
+
+
 def training_step(
-    model: TransformerLM,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     batches: list[Batch],
-    precision: str,
     tracker: MemoryTracker,
 ) -> torch.Tensor:
     """One optimizer step over one or more micro-batches; the gradient is that of the mean over all their tokens.
@@ -186,12 +241,12 @@ def training_step(
     total = torch.zeros((), device=device)
     with tracker.phase("training_step"):
         for inputs, targets in batches:
-            with tracker.phase("forward_pass"), autocast(precision, device):
-                logits = model(inputs)  # (sequences, tokens, vocabulary)
-            with tracker.phase("loss"):
-                loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            with tracker.phase("forward_pass"), objective.autocast():
+                output = objective.forward(inputs)  # logits, or hidden states where the loss makes the logits
+            with tracker.phase("loss"), objective.autocast():
+                loss = objective.loss(output, targets)
                 loss = loss * (len(inputs) / sequences)
-            del logits  # otherwise they would live through the backward pass, next to their gradient
+            del output  # otherwise the logits would live through the backward pass, next to their gradient
             with tracker.phase("backward_pass"):
                 scaler.scale(loss).backward()
             total += loss.detach()
@@ -202,31 +257,18 @@ def training_step(
     return total
 
 
-@torch.no_grad()
-def sum_of_losses(model: TransformerLM, inputs: torch.Tensor, targets: torch.Tensor, precision: str) -> torch.Tensor:
-    """Sum of the tokens' losses in nats (fp64 scalar on the device), without dropout."""
-    model.eval()
-    with autocast(precision, inputs.device):
-        logits = model(inputs)
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    model.train()
-    return losses.double().sum()
-
-
-def evaluate(
-    model: TransformerLM, split: TokenSplit, batch_size: int, precision: str, device: torch.device, stop: StopRequest
-) -> dict[str, float]:
+def evaluate(objective: Objective, split: TokenSplit, batch_size: int, stop: StopRequest) -> dict[str, float]:
     """Loss, perplexity and bits per byte over every token of a split; no batch size changes them."""
-    context_length = model.config.context_length
+    context_length, device = objective.model.config.context_length, objective.plan.device
     windows = split.num_windows(context_length)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for begin in tqdm(range(0, windows, batch_size), desc=f"evaluating on {split.name}", leave=False):
         stop.check()
         numbers = np.arange(begin, min(begin + batch_size, windows))
-        total += sum_of_losses(model, *split.batch(numbers, context_length, device), precision)
+        total += objective.sum_of_losses(*split.batch(numbers, context_length, device))
     rest = split.tail(context_length, device)
     if rest is not None:
-        total += sum_of_losses(model, *rest, precision)
+        total += objective.sum_of_losses(*rest)
     tokens = len(split.tokens) - 1  # every token but the first is predicted
     nats = total.item()
     return {
@@ -264,10 +306,21 @@ class Training:
         self.num_windows = self.split.num_windows(self.context_length)
         torch.manual_seed(settings.seed)
         self.model = TransformerLM(plan.model).to(self.device)
-        self.optimizer = make_optimizer(settings, self.model, self.device)
+        self.optimizer = make_optimizer(
+            settings.optimizer,
+            self.model.parameters(),
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            device=self.device,
+            parameters=settings.parameters,
+            in_backward=settings.optimizer_in_backward,
+        )
+        self.objective = Objective(self.model, plan)
         self.scaler = make_scaler(plan.precision, self.device)
         roots = (self.model, self.optimizer)
         self.tracker = MemoryTracker(self.device, run.path / "memory.csv", roots, plan.limit_bytes)
+        # Without a GPU live tensors are counted operator by operator, and compiled code has no operators to count.
+        self.can_track = self.device.type == "cuda" or not settings.use_compile
         self.flops_per_token = utils.training_flops_per_token(
             count_matmul_parameters(self.model), plan.model.num_layers, plan.model.embedding_dim, self.context_length
         )
@@ -277,6 +330,7 @@ class Training:
         self.seconds = 0.0  # of training alone, earlier processes included
         self.retries_before = 0
         self.measured_before: dict = {}
+        self.compile_s: float | None = None
         self.epoch, self.order = -1, np.zeros(0, dtype=np.int64)
 
     @property
@@ -321,8 +375,8 @@ class Training:
             batches = [batch, batch] if update > batch_size else [batch]  # gradients of the first lie beside the second
             # The first step makes the optimizer's states, the second has them; a GPU's allocator settles in the third.
             for _ in range(2 if self.device.type == "cpu" else 3):
-                training_step(self.model, self.optimizer, self.scaler, batches, self.plan.precision, silent)
-            sum_of_losses(self.model, *batch, self.plan.precision)
+                training_step(self.objective, self.optimizer, self.scaler, batches, silent)
+            self.objective.sum_of_losses(*batch)
 
         def report(probe: Probe) -> None:
             reserved = "" if probe.peak_reserved_gib is None else f", {probe.peak_reserved_gib:.2f} reserved"
@@ -350,6 +404,31 @@ class Training:
         )
         self.run.update(batch_size=self.batch_size, headroom_gib=round(headroom, 3))
 
+    def compile(self) -> None:
+        """Run the next step once so that everything is compiled, note the seconds, and put the state back.
+
+        A resumed run compiles again; its note is that of its own process.
+        """
+        tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
+        begin = time.perf_counter()
+        batches = self.batches_of_step(self.step + 1)
+        training_step(self.objective, self.optimizer, self.scaler, batches, MemoryTracker(self.device)).item()
+        self.compile_s = round(time.perf_counter() - begin, 2)
+        restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
+
+    def profile(self) -> None:
+        """Leave profile.json: where the time of the next steps goes. They train on, after the last logged step."""
+        batches = self.batches_of_step(self.step)
+
+        def step(tracker: Any) -> None:
+            training_step(self.objective, self.optimizer, self.scaler, batches, tracker)
+
+        tokens = self.sequences_per_update * self.context_length
+        options = {"model": self.model, "tokens": tokens, "precision": self.plan.precision}
+        result = profile_steps(step, self.settings.profile_steps, **options)
+        write_atomically(self.run.path / "profile.json", json.dumps(result, indent=2) + "\n")
+        print(profile_table(result))
+
     def train(self, log: StepLog) -> str:
         """Train until the steps are done, the time is up or a signal came; returns done, time or signal."""
         settings, earlier, begin = self.settings, self.seconds, time.perf_counter()
@@ -373,12 +452,10 @@ class Training:
                 self.step += 1
                 batches = self.batches_of_step(self.step)
                 data_ms = 1000 * (time.perf_counter() - fetch)
-                tracked = log.is_tracked(self.step)
+                tracked = self.can_track and log.is_tracked(self.step)
                 log.clock.start()
                 with self.tracker.step(self.step) if tracked else nullcontext():
-                    loss = training_step(
-                        self.model, self.optimizer, self.scaler, batches, self.plan.precision, self.tracker
-                    )
+                    loss = training_step(self.objective, self.optimizer, self.scaler, batches, self.tracker)
                 log.clock.stop()
                 log.add(self.step, loss, data_ms)
 
@@ -403,7 +480,10 @@ class Training:
 
     def measured(self, log: StepLog) -> dict:
         """Headline numbers of time and memory: this process's, or an earlier one's that timed more steps."""
-        now_measured = {**log.headline(), **self.memory_headline()}
+        headline = log.headline()
+        step_ms = headline["step_ms_median"]
+        epoch = None if step_ms is None else round(self.steps_per_epoch * step_ms / 60000, 4)
+        now_measured = {**headline, "epoch_minutes": epoch, "compile_s": self.compile_s, **self.memory_headline()}
         return max(self.measured_before, now_measured, key=lambda numbers: numbers.get("timed_steps", -1))
 
     def save(self, log: StepLog) -> None:
@@ -425,7 +505,7 @@ class Training:
         """Which attention kernel this model really calls: one forward pass of one sequence, random state kept."""
         inputs, _ = self.split.batch(np.zeros(1, dtype=np.int64), self.context_length, self.device)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), observe_kernel() as observer, autocast(self.plan.precision, self.device):
+        with torch.random.fork_rng(devices), observe_kernel() as observer, self.objective.autocast():
             self.model(inputs)
         return observer.name
 
@@ -517,6 +597,8 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
         measured_steps=settings.measured_steps,
         done_steps=training.step,
     )
+    if settings.use_compile and training.compile_s is None and training.step < training.total_steps:
+        training.compile()
     outcome = training.train(log)
     if outcome != "done" or settings.checkpoint_every_minutes:
         training.save(log)
@@ -532,21 +614,28 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
         run.update(results=results)
         raise Interrupted
 
-    split = data.splits[settings.evaluate_on]
-    try:
-        with training.tracker.step(training.step), training.tracker.phase("evaluation"):
-            metrics = evaluate(training.model, split, training.batch_size, plan.precision, plan.device, stop)
-    except Interrupted:
-        training.save(log)  # nothing is left to train, but the metrics can be had with --resume
-        raise
-    metrics["unigram_perplexity"] = unigram_perplexity(data.splits["train"], split, plan.model.vocab_size)
-    results |= {f"{settings.evaluate_on}_{name}": value for name, value in metrics.items()}
+    metrics = None
+    if settings.evaluate_on != "none":
+        split = data.splits[settings.evaluate_on]
+        try:
+            with training.tracker.step(training.step), training.tracker.phase("evaluation"):
+                metrics = evaluate(training.objective, split, training.batch_size, stop)
+        except Interrupted:
+            training.save(log)  # nothing is left to train, but the metrics can be had with --resume
+            raise
+        metrics["unigram_perplexity"] = unigram_perplexity(data.splits["train"], split, plan.model.vocab_size)
+        results |= {f"{settings.evaluate_on}_{name}": value for name, value in metrics.items()}
+    if settings.profile_steps:
+        training.profile()
     run.update(status="ok", stopped_by=outcome, finished_at=now(), results=results)
     title = f"{data.description['description']}; {data.tokenizer['description']}"
-    plot.plot_text_lengths(data.document_lengths.tolist(), run.path / "text_length_distribution.png", title)
+    if metrics is not None:
+        plot.plot_text_lengths(data.document_lengths.tolist(), run.path / "text_length_distribution.png", title)
     plot.plot_run(run.path)
 
     print(training.tracker.table())
+    if training.compile_s is not None:
+        print(f"compiled in {training.compile_s} s, first step {results['first_step_ms']:.0f} ms")
     if results["alloc_retries"]:
         print(f"the allocator ran short {results['alloc_retries']} times: a smaller batch may be faster")
     if results["timed_steps"]:
@@ -556,6 +645,10 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
             f"{results['step_ms_p80']:.1f}, n = {results['timed_steps']}), {results['tokens_per_s']:,.0f} tokens/s{mfu}"
         )
     generated = " on generated text" if data.description["generated"] else ""
+    if metrics is None:
+        print(f"no split was evaluated; results in {run.path}")
+        print(json.dumps({"run": str(run.path), "status": "ok", **results}))
+        return 0
     print(
         f"{settings.evaluate_on} loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f} per token "
         f"(without context: {metrics['unigram_perplexity']:.2f}), {metrics['bits_per_byte']:.4f} bits per byte"
@@ -575,6 +668,9 @@ def main() -> int:
         torch.use_deterministic_algorithms(True)
     if settings.expandable_segments:
         use_expandable_segments(plan.device)
+    set_activation_memory_budget(settings.activation_memory_budget)
+    if settings.use_compile:  # one graph more for each new batch size; beyond the limit it is an error, never eager
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     set_memory_budget(plan.device, settings.memory_budget_gib)
     name = settings.run_name or default_run_name(settings, plan)
     if run is None and settings.run_name and (Path(settings.output_folder) / settings.experiment / name).exists():

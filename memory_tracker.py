@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
 from utils import GIB, SettingsError
@@ -63,7 +63,15 @@ class LiveTensorCounter(TorchDispatchMode):
         self.peak_bytes = 0
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage from now until PyTorch frees it; a storage already counted is left alone."""
+        """Count a tensor's storage from now until PyTorch frees it; a storage already counted is left alone.
+
+        Of a subclass that wraps tensors, such as an 8-bit optimizer state, the wrapped ones count: its own storage is
+        empty and only claims a size.
+        """
+        if is_traceable_wrapper_subclass(tensor):
+            for name in tensor.__tensor_flatten__()[0]:
+                self.add(getattr(tensor, name))
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.live:

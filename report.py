@@ -7,7 +7,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; no nu
 """
 
 import csv
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -15,26 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from report_comparison import markdown, read_json, shown
 from run_folder import write_atomically
 from utils import SettingsError, parse_settings, run_script, setting
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"{path.relative_to(ROOT)} is missing, so its table cannot be made") from None
-    except ValueError as error:
-        raise SettingsError(f"{path.relative_to(ROOT)} is damaged: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -131,13 +116,6 @@ def number(rows: list[Row], metric: str, direction: str = "forward_backward", **
     if found or len(statuses) != 1:
         raise SettingsError(f"the results have {len(found) or len(statuses)} rows of {metric} {direction} for {cell}")
     return statuses[0]
-
-
-def shown(value: float | str, digits: int = 3) -> str:
-    """Significant digits, never 1e+03; a status as it is."""
-    if isinstance(value, str):
-        return value
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
 
 
 def comparison_cells(sweep: str, causal: bool) -> tuple[list[Row], list[tuple[int, int]], list[str]]:

@@ -44,6 +44,7 @@ def measure(
     roots: tuple[Any, ...] = (),
     repeats: int = 10,
     warm_up: int = 2,
+    compiled: bool = False,
 ) -> Cost:
     """Peak memory and time of a function that runs one training step (or part of one) and keeps nothing.
 
@@ -53,17 +54,20 @@ def measure(
         roots: modules and optimizers whose tensors are there before (needed without a GPU).
         repeats: timed calls, after the one whose memory is tracked.
         warm_up: calls before anything is measured.
+        compiled: the step holds compiled code. Without a GPU its memory cannot be counted (tensors are counted operator
+            by operator, and compiled code has none), so the peak is None.
 
     Returns:
         The cost; an out-of-memory error is a status, every other error is raised.
     """
     clock, tracker = StepClock(device), MemoryTracker(device, roots=roots)
-    status = "ok"
+    status, tracked = "ok", device.type == "cuda" or not compiled
     try:
         for _ in range(warm_up):
             step()
-        with tracker.step(1), tracker.phase("step"):
-            step()
+        if tracked:
+            with tracker.step(1), tracker.phase("step"):
+                step()
         for _ in range(repeats):
             clock.start()
             step()
@@ -78,11 +82,11 @@ def measure(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return Cost("oom")
-    row = tracker.summary()["step"]
+    row = tracker.summary().get("step", {})
     return Cost(
         status,
-        row["start_allocated_gib"],
-        row["peak_allocated_gib"],
+        row.get("start_allocated_gib"),
+        row.get("peak_allocated_gib"),
         *(round(percentile(times, percent), 4) for percent in (50, 20, 80)),
         n=len(times),
     )
@@ -159,11 +163,12 @@ class Study:
             raise ValueError(f"exactness {exactness} is none of {', '.join(EXACTNESS)}")
         base = next((row for row in self.rows if row["variant"] == baseline), None)
         both = base is not None and base["status"] == cost.status == "ok"
+        counted = both and None not in (base["peak_gib"], cost.peak_gib)
         row = {
             "variant": variant,
             "baseline": baseline,
             **asdict(cost),
-            "saved_gib": round(base["peak_gib"] - cost.peak_gib, 4) if both else None,
+            "saved_gib": round(base["peak_gib"] - cost.peak_gib, 4) if counted else None,
             "formula_saved_gib": None if formula_saved_gib is None else round(formula_saved_gib, 4),
             "extra_time": round(cost.ms / base["ms"] - 1, 4) if both else None,
             "exactness": exactness,
@@ -179,7 +184,7 @@ class Study:
             return "-" if value is None else format(value, style)
 
         print(
-            f"{variant:<34}{cost.status if cost.status != 'ok' else format(cost.peak_gib, '.4f'):>10}"
+            f"{variant:<34}{cost.status if cost.status != 'ok' else shown(cost.peak_gib, '.4f'):>10}"
             f"{shown(row['saved_gib'], '+.4f'):>9}{shown(row['formula_saved_gib'], '+.4f'):>9}"
             f"{shown(cost.ms, '.2f'):>10}{shown(row['extra_time'], '+.1%'):>8}  {exactness or '-':<16}"
             f"{shown(error, '.1e'):>9}  {note}".rstrip()

@@ -8,6 +8,7 @@ A file is written beside the old one, synced to disk and renamed over it, so at 
 The format is safetensors (tensors and a JSON header): loading it executes nothing.
 """
 
+import importlib
 import json
 import os
 from contextlib import suppress
@@ -17,8 +18,53 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from utils import SettingsError
+
+WRAPPERS_FROM = "torchao."  # a file may name tensor classes of this package only: no other is looked up and called
+
+
+def unwrap(name: str, tensor: torch.Tensor, wrappers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The plain tensors that hold a tensor's bits, by name.
+
+    A subclass that wraps tensors, such as torchao's 8-bit optimizer state (codes, scales, table), is taken apart;
+    `wrappers[name]` gets what `wrap` needs to build it again, ready for JSON.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return {name: tensor}
+    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    if not kind.startswith(WRAPPERS_FROM):
+        raise TypeError(f"{name} is a {kind}; only the tensor classes of {WRAPPERS_FROM[:-1]} can be kept")
+    inner, attributes = tensor.__tensor_flatten__()
+    wrappers[name] = {
+        "class": kind,
+        "inner": list(inner),
+        "attributes": [
+            {"dtype": str(value).removeprefix("torch.")} if isinstance(value, torch.dtype) else value
+            for value in attributes
+        ],
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride()),
+    }
+    plain: dict[str, torch.Tensor] = {}
+    for part in inner:
+        plain |= unwrap(f"{name}/{part}", getattr(tensor, part), wrappers)
+    return plain
+
+
+def wrap(name: str, tensors: dict[str, torch.Tensor], wrappers: dict[str, Any]) -> torch.Tensor:
+    """A copy of a kept tensor, in the class it had. The inverse of `unwrap`."""
+    if name not in wrappers:
+        return tensors[name].clone()
+    known = wrappers[name]
+    module, _, kind = known["class"].rpartition(".")
+    if not module.startswith(WRAPPERS_FROM):
+        raise SettingsError(f"--resume: the checkpoint names the tensor class {known['class']}, which is not loaded")
+    attributes = [getattr(torch, value["dtype"]) if isinstance(value, dict) else value for value in known["attributes"]]
+    parts = {part: wrap(f"{name}/{part}", tensors, wrappers) for part in known["inner"]}
+    build = getattr(importlib.import_module(module), kind).__tensor_unflatten__
+    return build(parts, attributes, torch.Size(known["shape"]), tuple(known["stride"]))
 
 
 def capture(
@@ -38,13 +84,22 @@ def capture(
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
                 numbers.setdefault(str(index), {})[name] = value
+    groups = []
+    for index, group in enumerate(optimizer_state["param_groups"]):
+        tensors |= {f"group.{index}.{key}": v for key, v in group.items() if isinstance(v, torch.Tensor)}
+        groups.append({key: value for key, value in group.items() if not isinstance(value, torch.Tensor)})
     tensors["random.cpu"] = torch.get_rng_state()
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    wrappers: dict[str, Any] = {}
+    plain: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        plain |= unwrap(name, value, wrappers)
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in plain.items()}
     details = {
         "optimizer_numbers": numbers,
-        "param_groups": optimizer_state["param_groups"],
+        "param_groups": groups,
+        "wrappers": wrappers,
         "scaler": scaler.state_dict(),
     }
     return copies, details
@@ -59,13 +114,24 @@ def restore(
     device: torch.device,
 ) -> None:
     """Put a captured or loaded state back; gradients are dropped. The inverse of `capture`, bit for bit."""
-    model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
+    wrappers = details.get("wrappers", {})  # files of older versions have none
+    parts = {f"{name}/{part}" for name, known in wrappers.items() for part in known["inner"]}
+    whole = [name for name in (*tensors, *wrappers) if name not in parts]
+    weights = [name for name in whole if name.startswith("model.")]  # copied by the model: no clone of plain ones
+    model.load_state_dict(
+        {name[6:]: tensors[name] if name in tensors else wrap(name, tensors, wrappers) for name in weights}
+    )
     states: dict[int, dict[str, Any]] = {int(index): dict(v) for index, v in details["optimizer_numbers"].items()}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            states.setdefault(int(index), {})[key] = value.clone()
-    optimizer.load_state_dict({"state": states, "param_groups": details["param_groups"]})
+    groups = [dict(group) for group in details["param_groups"]]
+    for name in whole:
+        kind, *place = name.split(".", 2)
+        if kind == "optimizer":
+            states.setdefault(int(place[0]), {})[place[1]] = wrap(name, tensors, wrappers)
+        elif kind == "group":
+            now = optimizer.param_groups[int(place[0])].get(place[1])
+            value = wrap(name, tensors, wrappers)
+            groups[int(place[0])][place[1]] = value.to(now.device) if isinstance(now, torch.Tensor) else value
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
     optimizer.zero_grad(set_to_none=True)
     scaler.load_state_dict(details["scaler"])
     if scaler.is_enabled():

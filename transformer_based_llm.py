@@ -16,7 +16,7 @@ from torch import nn
 
 from attention import packed_attention
 from attention_support import FULL
-from checkpointing import checkpointed
+from checkpointing import run_blocks
 from utils import SettingsError, parse_settings, run_script, setting
 
 # layers, width, heads, context, vocabulary
@@ -64,7 +64,8 @@ class ModelConfig:
     dropout: float = 0.0
     attention_backend: str = "sdpa"
     attention_window: tuple[int, int] = FULL
-    use_gradient_checkpointing: bool = False
+    gradient_checkpointing: str = "none"
+    checkpoint_every: int = 2  # which blocks every_k checkpoints
 
     @property
     def head_dim(self) -> int:
@@ -173,17 +174,19 @@ class TransformerLM(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids (batch, tokens), tokens <= context_length, to logits (batch, tokens, vocabulary)."""
+    def hidden_states(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (batch, tokens), tokens <= context_length, to what the head is given: (batch, tokens, width)."""
+        config = self.config
         positions = torch.arange(token_ids.shape[1], device=token_ids.device)
         hidden_states = self.dropout(self.token_embedding(token_ids) + self.position_embedding(positions))
-        for block in self.blocks:
-            # Without gradients nothing is kept, so there is nothing to recompute.
-            if self.config.use_gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = checkpointed(block, hidden_states)
-            else:
-                hidden_states = block(hidden_states)
-        return self.head(self.final_norm(hidden_states))  # (batch, tokens, vocabulary)
+        hidden_states = run_blocks(
+            self.blocks, hidden_states, config.gradient_checkpointing, every=config.checkpoint_every
+        )
+        return self.final_norm(hidden_states)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (batch, tokens), tokens <= context_length, to logits (batch, tokens, vocabulary)."""
+        return self.head(self.hidden_states(token_ids))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -509,6 +509,41 @@ WRONG = {  # settings, what the sentence names
     "output folder under a file": ({"output_folder": "{files}/empty.txt/outputs"}, "--output_folder"),
     "cache under a file": ({"cache_folder": "{files}/empty.txt/cache"}, "--cache_folder"),
     "no settings file": ({"config": "{files}/none.yaml"}, "--config"),
+    "fused loss on a CPU": ({"loss": "fused"}, "--loss fused cannot run here: liger-kernel's kernels"),
+    "chunk size without chunks": ({"loss_chunk_tokens": 8}, "--loss_chunk_tokens has no effect"),
+    "two kinds of checkpointing": (
+        {"use_gradient_checkpointing": True, "gradient_checkpointing": "selective"},
+        "contradicts --gradient_checkpointing selective",
+    ),
+    "checkpoint_every alone": ({"checkpoint_every": 2}, "--checkpoint_every has no effect"),
+    "offload on a CPU": ({"gradient_checkpointing": "offload"}, "offload needs a GPU"),
+    "selective with eager": (
+        {"gradient_checkpointing": "selective", "attention_backend": "eager"},
+        "selective keeps the output of a fused attention operator and eager has none",
+    ),
+    "every first block": (
+        {"gradient_checkpointing": "every_k", "checkpoint_every": 1},
+        "--checkpoint_every",
+    ),
+    "memory budget without compiler": ({"activation_memory_budget": 0.5}, "has no effect without --use_compile"),
+    "memory budget above 1": ({"activation_memory_budget": 1.5, "use_compile": True}, "activation_memory_budget"),
+    "memory budget and checkpointing": (
+        {"activation_memory_budget": 0.5, "use_compile": True, "use_gradient_checkpointing": True},
+        "give one of them",
+    ),
+    "compiler and budget on a CPU": ({"use_compile": True, "memory_budget_gib": 1}, "leave --use_compile out"),
+    "compiler and update in backward": (
+        {"use_compile": True, "optimizer_in_backward": True},
+        "--optimizer_in_backward true saves nothing",
+    ),
+    "accumulation and update in backward": (
+        {"tokens_per_update": 512, "optimizer_in_backward": True},
+        "--optimizer_in_backward true drops each gradient",
+    ),
+    "fp16 and update in backward": ({"precision": "fp16", "optimizer_in_backward": True}, "use --precision bf16"),
+    "adam with bf16 parameters": ({"optimizer": "adam", "parameters": "bf16_master"}, "use --optimizer adamw"),
+    "bf16 parameters in fp32": ({"precision": "fp32", "parameters": "bf16_master"}, "contradict --precision fp32"),
+    "profile without a GPU": ({"profile_steps": 2}, "--profile_steps"),
     "plwiki without its package": ({"dataset_name": "plwiki"}, "uv sync --extra plwiki"),
 }
 WRONG |= {f"{name} 0": ({name: 0}, f"--{name} must be above 0") for name in llm_plan.MUST_BE_POSITIVE}
@@ -728,6 +763,13 @@ def make_split(tokens: int) -> dataset.TokenSplit:
     return dataset.TokenSplit("test", row, num_bytes=3 * tokens, num_documents=4)
 
 
+def objective(model: TransformerLM, loss: str = "full") -> llm_train.Objective:
+    plan = SimpleNamespace(
+        loss=loss, loss_chunk_tokens=5, use_compile=False, autocast_precision="fp32", device=torch.device("cpu")
+    )
+    return llm_train.Objective(model, plan)
+
+
 @pytest.mark.parametrize("tokens", [8 * 11 + 1, 8 * 11 + 6, 5])  # no tail, a tail of 5 targets, nothing but a tail
 def test_metrics_do_not_depend_on_the_batch_size(tokens):
     torch.manual_seed(0)
@@ -743,8 +785,8 @@ def test_metrics_do_not_depend_on_the_batch_size(tokens):
             logits = model(ids[None, :-1])[0].double()
         nats -= sum(F.log_softmax(logits, -1)[place, target].item() for place, target in enumerate(ids[1:]))
     model.train()
-    for batch_size in (1, 3, 7, 1000):
-        metrics = llm_train.evaluate(model, split, batch_size, "fp32", CPU, StopRequest())
+    for batch_size, loss in itertools.product((1, 3, 7, 1000), ("full", "chunked")):
+        metrics = llm_train.evaluate(objective(model, loss), split, batch_size, StopRequest())
         assert metrics["tokens"] == tokens - 1
         assert metrics["loss"] == pytest.approx(nats / (tokens - 1), rel=1e-6)
         assert metrics["perplexity"] == pytest.approx(math.exp(nats / (tokens - 1)), rel=1e-5)
@@ -752,7 +794,7 @@ def test_metrics_do_not_depend_on_the_batch_size(tokens):
     assert model.training
 
 
-def step_in_micro_batches(batch_size: int) -> tuple[float, list[torch.Tensor]]:
+def step_in_micro_batches(batch_size: int, loss: str = "full") -> tuple[float, list[torch.Tensor]]:
     """Loss and weights after one plain gradient step on 7 sequences."""
     torch.manual_seed(0)
     model = TransformerLM(ModelConfig(**{**vars(SMALL), "dropout": 0.0}))
@@ -760,15 +802,15 @@ def step_in_micro_batches(batch_size: int) -> tuple[float, list[torch.Tensor]]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     split = make_split(7 * 8 + 1)
     batches = [split.batch(np.arange(i, min(i + batch_size, 7)), 8, CPU) for i in range(0, 7, batch_size)]
-    loss = llm_train.training_step(model, optimizer, scaler, batches, "fp32", MemoryTracker(CPU))
+    mean = llm_train.training_step(objective(model, loss), optimizer, scaler, batches, MemoryTracker(CPU))
     assert all(parameter.grad is None for parameter in model.parameters())
-    return loss.item(), [parameter.detach() for parameter in model.parameters()]
+    return mean.item(), [parameter.detach() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_accumulated_gradient_is_the_gradient_of_the_whole(batch_size):
+@pytest.mark.parametrize(("batch_size", "kind"), [(1, "full"), (2, "full"), (3, "full"), (2, "chunked")])
+def test_accumulated_gradient_is_the_gradient_of_the_whole(batch_size, kind):
     loss, weights = step_in_micro_batches(7)
-    accumulated_loss, accumulated = step_in_micro_batches(batch_size)
+    accumulated_loss, accumulated = step_in_micro_batches(batch_size, kind)
     assert accumulated_loss == pytest.approx(loss, rel=1e-6)
     for one, other in zip(accumulated, weights, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -794,6 +836,15 @@ BLOCK = 12 * 32**2 + 9 * 32  # parameters of a block: qkv, output, two MLP layer
 
 def grown_by(parameters: int) -> Callable[[Run, Run], bool]:
     return lambda base, run: run.info["parameters"] - base.info["parameters"] == parameters
+
+
+def close_losses(base: Run, run: Run) -> bool:
+    return run.losses == pytest.approx(base.losses, rel=1e-5)
+
+
+def start_of_a_step(run: Run) -> float:
+    """GiB of parameters and optimizer states."""
+    return max(float(row["start_allocated_gib"]) for row in run.memory if row["phase"] == "training_step")
 
 
 def learns_otherwise(base: Run, run: Run) -> bool:
@@ -930,6 +981,22 @@ EFFECTS = {  # field: (changes, what must be true of the base run and the change
             and run.results["validation_tokens"] == run.info["dataset"]["splits"]["validation"]["tokens"] - 1
         ),
     ),
+    "loss": (
+        {"loss": "chunked"},
+        lambda base, run: close_losses(base, run) and run.peak("training_step") < 0.8 * base.peak("training_step"),
+    ),
+    "optimizer_in_backward": (
+        {"optimizer_in_backward": True},
+        lambda base, run: run.losses == base.losses and run.peak("optimizer_step") < base.peak("optimizer_step"),
+    ),
+    "parameters": (
+        {"parameters": "bf16_stochastic"},
+        lambda base, run: (
+            run.info["precision"] == "bf16"
+            and start_of_a_step(run) == pytest.approx(start_of_a_step(base) / 2, rel=0.1)
+            and run.losses == pytest.approx(base.losses, rel=0.02)
+        ),
+    ),
     "tracked_steps": (
         {"tracked_steps": 4},
         lambda base, run: (steps_measured(base), steps_measured(run)) == ([2, 3], [2, 3, 4, 5]),
@@ -969,6 +1036,12 @@ EFFECTS = {  # field: (changes, what must be true of the base run and the change
     ),
 }
 ELSEWHERE = {
+    "loss_chunk_tokens": "test_chunks_of_the_loss",
+    "gradient_checkpointing": "test_gradient_checkpointing",
+    "checkpoint_every": "test_gradient_checkpointing",
+    "use_compile": "test_compile",
+    "activation_memory_budget": "test_compile",
+    "profile_steps": "test_wrong_input",  # on a CPU; on a GPU tests/test_gpu_training.py
     "model_type": "test_wrong_input",  # there is one
     "model_size": "test_model_sizes",
     "use_gradient_checkpointing": "test_gradient_checkpointing",
@@ -1044,13 +1117,52 @@ def test_gradient_checkpointing(train):
     assert recomputed.path.name == "tiny-fp32-sdpa-gradient-checkpointing-dropout-0.1-batch-8"
 
 
+def test_every_method_of_checkpointing(train):
+    """All losses bit for bit; the more is recomputed, the lower the peak."""
+    options = {"num_layers": 6, "loss": "chunked"}
+    runs = {
+        method: train(**options, gradient_checkpointing=method)
+        for method in ("none", "every_k", "selective_matmul", "selective", "block")
+    }
+    runs["every 3"] = train(**options, gradient_checkpointing="every_k", checkpoint_every=3)
+    assert len({tuple(run.losses) for run in runs.values()}) == 1
+    peaks = {method: run.peak("backward_pass") for method, run in runs.items()}
+    assert peaks["none"] > peaks["every 3"] > peaks["every_k"] > peaks["block"]
+    assert peaks["none"] > peaks["selective_matmul"] > peaks["selective"] > peaks["block"]
+
+
+def test_chunks_of_the_loss(train):
+    small, large = (train(loss="chunked", loss_chunk_tokens=size) for size in (8, 256))
+    assert close_losses(small, large) and small.peak("loss") < large.peak("loss")
+    assert "chunked-loss" in small.path.name
+
+
+def test_compile(train, base):
+    """The compiled run: losses to rounding, compilation and first step apart, memory not counted on a CPU."""
+    budgets = []
+
+    def note() -> None:
+        budgets.append(torch._functorch.config.activation_memory_budget)
+
+    with after_steps(1, note):
+        run = train(use_compile=True, activation_memory_budget=0.25, evaluate_on="none")
+    assert run.status == 0, run.stderr
+    assert budgets == [0.25]
+    assert close_losses(base, run)
+    assert run.results["compile_s"] > run.results["first_step_ms"] / 1000 > 0
+    assert run.results["epoch_minutes"] > 0 and "compiled in" in run.stdout
+    assert run.results["peak_allocated_gib"] is None and not (run.path / "memory.csv").exists()
+    assert "test_loss" not in run.results and "no split was evaluated" in run.stdout
+    assert "compile-memory-budget-0.25" in run.path.name
+
+
 def sequences_met(train: Callable[..., Run], **changes) -> list[tuple[int, ...]]:
     """Every training sequence, in the order in which the run meets them."""
     original, seen = llm_train.training_step, []
 
-    def training_step(model, optimizer, scaler, batches, *others):
+    def training_step(objective, optimizer, scaler, batches, *others):
         seen.extend(tuple(row.tolist()) for inputs, _ in batches for row in inputs)
-        return original(model, optimizer, scaler, batches, *others)
+        return original(objective, optimizer, scaler, batches, *others)
 
     with patch.object(llm_train, "training_step", training_step):
         assert train(max_documents=6, max_steps=None, **changes).status == 0

@@ -1,0 +1,767 @@
+"""Run many configurations of llm_train.py, each in a fresh process, and keep what every one of them cost.
+
+    python compare_techniques.py                                  the nine runs of the plwiki lab, and what they lacked
+    python compare_techniques.py --experiment factorial,max_batch,quality --dataset_path pl_text
+    python compare_techniques.py --list true                      the cases, their flags and status; runs nothing
+    python compare_techniques.py --gpus 0,1                       a case per GPU at a time
+
+seed       time and memory at equal batch: the plwiki lab's nine runs under their names, then one change at a time
+factorial  all combinations of techniques, their main effects and interactions on peak memory and step time
+max_batch  the largest batch of each configuration under memory budgets, by the plwiki lab's grid and by bisection
+quality    equal tokens per update and equal updates with three seeds; then that lab's epochs at unequal batches, in
+           which perplexity follows the number of updates
+
+A case is a run folder outputs/<experiment>/<case>. A case that ended (ok, oom or unsupported) with the same flags is
+not run again, so the same command goes on after Ctrl-C; errors are tried again. `--size smoke` takes the tiny model and
+folders of its own (smoke_seed, ...): minutes on a laptop, times that say nothing about a GPU.
+
+A fresh process matters: allocator caches, compiled kernels and cuBLAS workspaces of one case would count for the next.
+When it does not help: for one question about one technique, run that technique's own file.
+"""
+
+import fcntl
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from dataset import DATASET_NAMES
+from run_folder import RunFolder, StopRequest, check_writable, describe_environment, write_atomically
+from utils import SettingsError, parse_settings, run_script, setting
+
+HERE = Path(__file__).parent
+FINISHED = ("ok", "oom", "unsupported")
+EXPERIMENTS = ("seed", "factorial", "max_batch", "quality")
+SMOKE_BATCH = {64: 8, 125: 8, 195: 12, 303: 19}
+
+# --------------------------------------------------------------------------------------------------------------------
+# The cases: name, flags beyond those that every case of the experiment has, words for a reader
+# --------------------------------------------------------------------------------------------------------------------
+
+# fmt: off
+FP32 = "--precision fp32 --attention_backend eager"
+FP16 = "--use_fp16 true --attention_backend eager"  # the plwiki lab's flag; it means BF16 autocast
+BF16 = "--precision bf16 --attention_backend eager"
+FLASH = "--use_flash_attention true"
+WINDOW = f"{FLASH} --attention_window 64,0"
+COMPILE = f"{FLASH} --use_compile true"
+BLOCK, CHUNKED = "--gradient_checkpointing block", "--loss chunked"
+
+SEED_CASES = (  # batch size is the number at the end of the name
+    # the nine runs of the plwiki lab, which used Adam
+    ("fp32-baseline-batch-125", f"{FP32} --optimizer adam", "fp32, textbook attention"),
+    ("fp16-batch-125", f"{FP16} --optimizer adam", "bf16 autocast (the plwiki lab's fp16)"),
+    ("fp16-batch-195", f"{FP16} --optimizer adam", "the same, batch 195"),
+    ("flash-attention-batch-125", f"{FLASH} --optimizer adam", "bf16, flash attention"),
+    ("flash-attention-batch-195", f"{FLASH} --optimizer adam", "the same, batch 195"),
+    ("flash-attention-window-(64,0)-batch-125", f"{WINDOW} --optimizer adam", "bf16, flash attention, window of 64"),
+    ("flash-attention-window-(64,0)-batch-195", f"{WINDOW} --optimizer adam", "the same, batch 195"),
+    ("fp32-gradient-checkpointing-batch-125", f"{FP32} --use_gradient_checkpointing true --optimizer adam",
+     "fp32, every block recomputed"),
+    ("fp32-gradient-checkpointing-batch-303", f"{FP32} --use_gradient_checkpointing true --optimizer adam",
+     "the same, batch 303"),
+    # what they lacked: attention and precision apart
+    ("fp32-sdpa-batch-125", "--precision fp32 --attention_backend sdpa --optimizer adam", "fp32, PyTorch's SDPA"),
+    ("bf16-sdpa-batch-125", "--precision bf16 --attention_backend sdpa --optimizer adam", "bf16, PyTorch's SDPA"),
+    # one change to flash attention with AdamW
+    ("flash-attention-adamw-batch-125", FLASH, "bf16, flash attention, AdamW: the base of the following"),
+    ("flash-checkpointing-batch-125", f"{FLASH} {BLOCK}", "every block recomputed"),
+    ("flash-every-2-batch-125", f"{FLASH} --gradient_checkpointing every_k --checkpoint_every 2",
+     "every second block recomputed"),
+    ("flash-selective-batch-125", f"{FLASH} --gradient_checkpointing selective", "attention kept, the rest recomputed"),
+    ("flash-selective-matmul-batch-125", f"{FLASH} --gradient_checkpointing selective_matmul",
+     "matrix products kept, the rest recomputed"),
+    ("flash-offload-batch-125", f"{FLASH} --gradient_checkpointing offload",
+     "every block recomputed, its input in host memory"),
+    ("flash-chunked-loss-batch-125", f"{FLASH} {CHUNKED}", "logits in chunks"),
+    ("flash-fused-loss-batch-125", f"{FLASH} --loss fused", "fused linear cross-entropy kernel"),
+    ("flash-8bit-adamw-batch-125", f"{FLASH} --optimizer adamw_8bit", "optimizer states in 8 bits"),
+    ("flash-optimizer-in-backward-batch-125", f"{FLASH} --optimizer_in_backward true", "gradients never coexist"),
+    ("flash-bf16-master-batch-125", f"{FLASH} --parameters bf16_master", "bf16 parameters, fp32 master copy"),
+    ("flash-bf16-stochastic-batch-125", f"{FLASH} --parameters bf16_stochastic",
+     "bf16 parameters, stochastic rounding"),
+    # combinations
+    ("flash-checkpointing-chunked-loss-batch-125", f"{FLASH} {BLOCK} {CHUNKED}", "blocks recomputed, chunked loss"),
+    ("flash-compile-batch-125", f"{COMPILE} --profile_steps 3", "compiled"),
+    ("flash-compile-chunked-loss-batch-125", f"{COMPILE} {CHUNKED}", "compiled, chunked loss"),
+    ("flash-compile-memory-budget-0.5-batch-125", f"{COMPILE} {CHUNKED} --activation_memory_budget 0.5",
+     "compiled within half of the activations, chunked loss"),
+    ("flash-compile-checkpointing-chunked-loss-batch-125", f"{COMPILE} {BLOCK} {CHUNKED}",
+     "compiled, blocks recomputed, chunked loss"),
+    ("flash-compile-bf16-master-chunked-loss-batch-125", f"{COMPILE} {CHUNKED} --parameters bf16_master",
+     "compiled, bf16 parameters with a master copy, chunked loss"),
+    ("everything-fast-batch-125",
+     f"{COMPILE} {CHUNKED} --loss_chunk_tokens 32000 --parameters bf16_stochastic --profile_steps 3",
+     "compiled, bf16 parameters with stochastic rounding, loss in one chunk"),
+    ("everything-small-batch-125", f"{COMPILE} {BLOCK} {CHUNKED} --parameters bf16_stochastic --profile_steps 3",
+     "compiled, blocks recomputed, chunked loss, bf16 parameters with stochastic rounding"),
+    # the peer: gpt2_peer.py
+    ("hf-gpt2-batch-125", "", "GPT-2 of transformers: SDPA, bf16 autocast, fused AdamW"),
+    ("hf-gpt2-compiled-batch-125", "--use_compile true", "the same, compiled"),
+)
+
+FACTORS = {  # name: flags when off, flags when on
+    "bf16": ("--precision fp32", "--precision bf16"),
+    "flash": ("--attention_backend eager", "--attention_backend sdpa"),  # sdpa has a fused kernel for fp32, too
+    "checkpointing": ("--gradient_checkpointing none", "--gradient_checkpointing block"),
+    "chunked-loss": ("--loss full", "--loss chunked"),
+    "8bit": ("--optimizer adamw", "--optimizer adamw_8bit"),
+}
+
+SMOKE_FACTORS = ("bf16", "flash", "chunked-loss")  # eight cases instead of 32
+
+MAX_BATCH_CASES = (
+    ("fp32-baseline", FP32, "fp32, textbook attention"),
+    ("fp32-gradient-checkpointing", f"{FP32} {BLOCK}", "fp32, every block recomputed"),
+    ("bf16", BF16, "bf16, textbook attention"),
+    ("flash", FLASH, "bf16, flash attention"),
+    ("flash-chunked-loss", f"{FLASH} {CHUNKED}", "and chunked loss"),
+    ("flash-checkpointing", f"{FLASH} {BLOCK}", "and every block recomputed"),
+    ("flash-checkpointing-chunked-loss", f"{FLASH} {BLOCK} {CHUNKED}", "and both"),
+    ("everything", f"{FLASH} {BLOCK} {CHUNKED} --parameters bf16_stochastic --optimizer_in_backward true",
+     "and bf16 parameters, updated in the backward pass"),
+)
+
+QUALITY_CASES = (
+    ("fp32-baseline", FP32, "fp32, textbook attention"),
+    ("bf16", BF16, "bf16, textbook attention"),
+    ("flash", FLASH, "bf16, flash attention"),
+    ("flash-window-(64,0)", WINDOW, "and a window of 64"),
+    ("flash-checkpointing", f"{FLASH} {BLOCK}", "and every block recomputed"),
+    ("flash-chunked-loss", f"{FLASH} {CHUNKED}", "and chunked loss"),
+    ("flash-8bit-adamw", f"{FLASH} --optimizer adamw_8bit", "and 8-bit optimizer states"),
+    ("flash-bf16-master", f"{FLASH} --parameters bf16_master", "and bf16 parameters with a master copy"),
+    ("flash-bf16-stochastic", f"{FLASH} --parameters bf16_stochastic", "and stochastic rounding"),
+    ("flash-compile", COMPILE, "compiled"),
+)
+
+CONFOUNDED_CASES = (  # an update is one batch, so an epoch has fewer of them; the batch of 125 is a seed-0 run above
+    ("confounded-fp16-batch-195", BF16, "bf16, one epoch"),
+    ("confounded-flash-attention-batch-195", FLASH, "flash attention, one epoch"),
+    ("confounded-flash-attention-window-(64,0)-batch-195", WINDOW, "window of 64, one epoch"),
+    ("confounded-flash-attention-batch-303", FLASH, "flash attention, one epoch"),
+    ("confounded-fp32-gradient-checkpointing-batch-303", f"{FP32} {BLOCK}", "fp32, blocks recomputed, one epoch"),
+)
+
+
+@dataclass
+class Settings:
+    """Settings of `python compare_techniques.py`; the flags of a case itself are in the tables above."""
+
+    experiment: str = setting("seed", f"one or several of {', '.join(EXPERIMENTS)}, separated by commas")
+    size: str | None = setting(None, "full: the 134 M model; smoke: the tiny one (default: by GPU)", ["full", "smoke"])
+    cases: str | None = setting(None, "only these cases, separated by commas")
+    memory_budget_gib: str | None = setting(None, "max_batch: budgets (default: 8,12,24,48,80; smoke 0.05,0.1)")
+    factors: str | None = setting(None, f"factorial: some of {','.join(FACTORS)} (default: all; smoke three)")
+    seeds: str | None = setting(None, "quality: seeds (default: 0,1,2)")
+    updates: int | None = setting(None, "quality: updates of 125 sequences (default: one epoch; smoke 8)")
+    gpus: str | None = setting(None, "such as 0,1: a case on each of these GPUs at a time (default: one at a time)")
+    device: str = setting("auto", "auto is cuda if there is one", ["auto", "cpu", "cuda"])
+    dataset_name: str | None = setting(None, "as in llm_train.py", DATASET_NAMES)
+    dataset_path: str | None = setting(None, "as in llm_train.py")
+    cache_folder: str = setting(".cache/tokens", "where token files are kept")
+    output_folder: str = setting("outputs", "folder of all results")
+    timeout_minutes: float = setting(30.0, "a case that takes longer is ended and counts as an error")
+    stop_after_minutes: float | None = setting(None, "start no case after this long")
+    list: bool = setting(False, "print the cases with flags and status and run nothing")
+# fmt: on
+
+
+@dataclass
+class Case:
+    """One configuration; `flags` are those that decide about its result."""
+
+    name: str
+    words: str
+    flags: dict[str, str]
+    script: str = "llm_train.py"
+
+
+def read_flags(text: str) -> dict[str, str]:
+    """`--name value --name value` as a dictionary."""
+    words = text.split()
+    return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def split_list(text: str | None) -> list[str]:
+    """The entries of a comma-separated list; commas in brackets, as in window-(64,0), separate nothing."""
+    return [word.strip() for word in re.split(r",(?![^(]*\))", text or "") if word.strip()]
+
+
+def read_numbers(flag: str, text: str | None, default: str, kind: type) -> list[Any]:
+    """A list of numbers from a flag.
+
+    Raises:
+        SettingsError: empty, not numbers, one twice, or out of range.
+    """
+    try:
+        numbers = [kind(word) for word in split_list(default if text is None else text)]
+    except ValueError:
+        numbers = []
+    valid = all(math.isfinite(number) and (number >= 0 if kind is int else number > 0) for number in numbers)
+    if not numbers or not valid or len(set(numbers)) < len(numbers):
+        raise SettingsError(f"--{flag} {text} must be different numbers separated by commas, such as {default}")
+    return numbers
+
+
+def make_cases(experiment: str, size: str, settings: Settings, device_memory_gib: float | None = None) -> list[Case]:
+    """Every case of an experiment in order, with all flags but those of data, device and place.
+
+    Args:
+        device_memory_gib: of the GPU, for budgets that mean the whole card; None without one.
+    """
+    smoke = size == "smoke"
+    model = f"--model_size {'tiny' if smoke else 'gpt2'}"
+    cases = []
+
+    def batch(number: int) -> int:
+        return SMOKE_BATCH[number] if smoke else number
+
+    def add(name: str, words: str, *flags: str, script: str = "llm_train.py") -> None:
+        cases.append(Case(name, words, read_flags(" ".join((model, *flags))), script))
+
+    if experiment == "seed":
+        length = f"--max_steps {8 if smoke else 30} --tracked_steps {2 if smoke else 5} "
+        length += f"--measured_steps {4 if smoke else 20}"
+        for name, flags, words in SEED_CASES:
+            flags = flags.replace("--profile_steps 3", "") if smoke else flags  # it reads a GPU's kernels
+            size_flag = f"--batch_size {batch(int(name.rpartition('-')[2]))}"
+            if name.startswith("hf-gpt2"):
+                add(name, words, flags, size_flag, length, script="gpt2_peer.py")
+            else:  # epochs: a short text must not end the run before its measured steps
+                add(name, words, flags, size_flag, length, "--epochs 30 --evaluate_on none")
+    elif experiment == "factorial":
+        default = SMOKE_FACTORS if smoke else tuple(FACTORS)
+        chosen = list(default) if settings.factors is None else split_list(settings.factors)
+        if not chosen or not set(chosen) <= set(FACTORS) or len(set(chosen)) < len(chosen):
+            raise SettingsError(f"--factors {settings.factors} must be different ones of {','.join(FACTORS)}")
+        length = f"--batch_size {batch(64)} --max_steps {16 if not smoke else 8} --tracked_steps {2 if smoke else 3} "
+        length += f"--measured_steps {4 if smoke else 10} --epochs 16 --evaluate_on none"
+        for on in all_combinations([name for name in FACTORS if name in chosen]):
+            add(combination_name(on, list(FACTORS)), "", *(FACTORS[name][name in on] for name in FACTORS), length)
+    elif experiment == "max_batch":
+        budgets = read_numbers(
+            "memory_budget_gib", settings.memory_budget_gib, "0.05,0.1" if smoke else "8,12,24,48,80", float
+        )
+        length = "--adjust_batch_size true --max_steps 12 --tracked_steps 3 --measured_steps 6 --epochs 12"
+        length += " --evaluate_on none" + (" --max_batch_size 64" if smoke else "")
+        for (name, flags, words), budget in itertools.product(MAX_BATCH_CASES, budgets):
+            whole = is_whole_card(budget, device_memory_gib)
+            limit = "" if whole else f"--memory_budget_gib {budget:g}"
+            words = f"{words}; {f'the whole card of {device_memory_gib:.1f}' if whole else f'{budget:g}'} GiB"
+            add(f"{name}-{budget:g}-gib", words, flags, length, limit)
+    else:
+        seeds = read_numbers("seeds", settings.seeds, "0,1,2", int)
+        updates = settings.updates or (8 if smoke else None)
+        tokens = batch(125) * (128 if smoke else 256)
+        length = "--evaluate_on test" + (" --tracked_steps 2 --measured_steps 4" if smoke else "")
+        for (name, flags, words), seed in itertools.product(QUALITY_CASES, seeds):
+            steps = "" if updates is None else f"--max_steps {updates}"
+            update = f"--batch_size {batch(125)} --tokens_per_update {tokens}"
+            add(f"{name}-seed-{seed}", words, flags, update, length, steps, f"--seed {seed}")
+        for name, flags, words in CONFOUNDED_CASES:
+            sequences = batch(int(name.rpartition("-")[2]))
+            steps = "" if updates is None else f"--max_steps {max(1, updates * batch(125) // sequences)}"
+            add(name, words, flags, f"--batch_size {sequences}", length, steps, "--seed 0")
+    return cases
+
+
+def is_whole_card(budget: float, device_memory_gib: float | None) -> bool:
+    """Whether a budget means all of a card that is sold under it: 80 GB are 80e9 bytes at least, 74.5 GiB."""
+    return device_memory_gib is not None and budget * 1e9 / 2**30 <= device_memory_gib < budget
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the numbers mean: effects of a factorial, the answer of the plwiki lab's grid
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def all_combinations(factors: Sequence[str]) -> list[frozenset[str]]:
+    """The 2^k sets of factors that are on; the first factor changes fastest."""
+    switches = itertools.product((False, True), repeat=len(factors))
+    return [frozenset(itertools.compress(factors, reversed(on))) for on in switches]
+
+
+def combination_name(on: frozenset[str], factors: Sequence[str]) -> str:
+    """bf16+flash, in the order of the factors; baseline if nothing is on."""
+    return "+".join(name for name in factors if name in on) or "baseline"
+
+
+def effects(values: dict[frozenset[str], float | None]) -> dict[str, Any]:
+    """Main effects and two-factor interactions of a full factorial.
+
+    An effect of A is the mean, over all combinations of the other factors, of y(A on) - y(A off). The interaction of A
+    and B is half the difference between A's effect with B on and with B off; 0 where techniques simply add up.
+
+    Args:
+        values: the measured number for every set of factors that are on; None where it could not be measured.
+
+    Returns:
+        main: factor -> effect, interactions: "A x B" -> effect, in the unit of the values; both None with a reason if a
+        combination is missing, because the rest would not be balanced.
+    """
+    order = {name: place for place, name in enumerate(FACTORS)}
+    names = sorted(set().union(*values), key=lambda name: (order.get(name, len(order)), name))
+    wanted = all_combinations(names)
+    missing = [combination_name(on, names) for on in wanted if values.get(on) is None]
+    if missing:
+        return {"main": None, "interactions": None, "reason": f"no value for {', '.join(missing)}"}
+
+    def contrast(chosen: tuple[str, ...]) -> float:
+        signed = (math.prod(1 if name in on else -1 for name in chosen) * values[on] for on in wanted)
+        return math.fsum(signed) / (len(wanted) / 2)
+
+    return {
+        "main": {name: contrast((name,)) for name in names},
+        "interactions": {" x ".join(pair): contrast(pair) for pair in itertools.combinations(names, 2)},
+    }
+
+
+def factorial_effects(cases: Sequence[Case], folder: Path) -> dict[str, Any]:
+    """Effects on peak GiB and step ms, and as ratios (geometric means) of the step's time, from the run folders."""
+    sets = [frozenset() if case.name == "baseline" else frozenset(case.name.split("+")) for case in cases]
+    infos = [read_info(folder / case.name) or {} for case in cases]
+    peaks, times = (
+        {on: (info.get("results") or {}).get(key) if info.get("status") == "ok" else None for on, info in both}
+        for key, both in ((key, zip(sets, infos, strict=True)) for key in ("peak_allocated_gib", "step_ms_median"))
+    )
+    ratio = effects({on: None if value is None else math.log(value) for on, value in times.items()})
+    for kind in ("main", "interactions"):
+        ratio[kind] = None if ratio[kind] is None else {name: math.exp(value) for name, value in ratio[kind].items()}
+    return {
+        "factors": [name for name in FACTORS if name in set().union(*sets)],
+        "peak_gib": effects(peaks),
+        "step_ms": effects(times),
+        "step_ms_ratio": ratio,
+        "cases": [
+            {"name": case.name, "status": info.get("status", "missing"), "peak_gib": peaks[on], "step_ms": times[on]}
+            for case, info, on in zip(cases, infos, sets, strict=True)
+        ],
+    }
+
+
+def grid_answer(rows: Sequence[dict[str, str]]) -> int | None:
+    """The batch size at which growing by a quarter alone would have ended, from the rows of batch_size_search.csv.
+
+    None if its first size does not fit already: the plwiki lab's search only went up.
+    """
+    grown = itertools.takewhile(lambda row: row["status"] == "ok", rows)
+    return max((int(row["batch_size"]) for row in grown), default=None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Run folders of the cases
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_info(folder: Path) -> dict[str, Any] | None:
+    """run.json of a folder; None if there is none that a run of this lab wrote."""
+    try:
+        return RunFolder.open(str(folder)).info
+    except SettingsError:
+        return None
+
+
+def same_text(flags: dict[str, str]) -> dict[str, str]:
+    """The flags with a data path's last part only: the same folder may lie elsewhere on another machine."""
+    return {name: Path(value).name if name == "dataset_path" else value for name, value in flags.items()}
+
+
+def status_of(case: Case, folder: Path) -> tuple[str, str]:
+    """(status, what differs): status as in run.json, missing, or changed if it ended but was made with other flags."""
+    info = read_info(folder / case.name)
+    if info is None:
+        return "missing", ""
+    status = info.get("status", "error")
+    if status not in FINISHED:
+        return status, ""
+    before, wanted = same_text((info.get("case") or {}).get("flags", {})), same_text(case.flags)
+    if before == wanted:
+        return status, ""
+    names = [name for name in before | wanted if before.get(name) != wanted.get(name)]
+    changes = (f"--{name} was {before.get(name, 'not given')}, is {wanted.get(name, 'not given')}" for name in names)
+    return "changed", "; ".join(changes)
+
+
+def check_old_folder(folder: Path) -> None:
+    """Raise unless a folder that a case needs is missing, empty or a run of this lab, so that it may be removed."""
+    if folder.exists() and read_info(folder) is None and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"{folder} holds no run.json of a run, so it is not removed; move it or change --cases")
+
+
+def write_comparison(path: Path, experiment: str, size: str, cases: Sequence[Case], environment: dict) -> list[str]:
+    """Write comparison.json: every case in order with flags and status, and those of earlier lists after them.
+
+    Returns:
+        The names of the cases that have no final status.
+    """
+    rows, left = [], []
+    for case in cases:
+        info = read_info(path / case.name) or {}
+        status = status_of(case, path)[0]
+        row = {"name": case.name, "words": case.words, "flags": case.flags, "status": status}
+        row |= {"gpu": (info.get("case") or {}).get("gpu"), "error": info.get("error")}
+        search = path / case.name / "batch_size_search.csv"
+        if experiment == "max_batch" and search.exists():
+            header, *lines = (line.split(",") for line in search.read_text(encoding="utf-8").splitlines())
+            probes = [dict(zip(header, line, strict=True)) for line in lines]
+            largest = max((int(probe["batch_size"]) for probe in probes if probe["status"] == "ok"), default=None)
+            row |= {"grid_batch_size": grid_answer(probes), "batch_size": largest}
+        rows.append(row)
+        left += [case.name] if status not in FINISHED else []
+    with suppress(OSError, ValueError, KeyError):  # cases of another --memory_budget_gib, --seeds, ... stay in the list
+        earlier = json.loads((path / "comparison.json").read_text(encoding="utf-8"))["cases"]
+        known = {case.name for case in cases}
+        rows += [row for row in earlier if row["name"] not in known and read_info(path / row["name"])]
+    content = {"experiment": experiment, "size": size, "finished": not left}
+    content |= {"git_commit": environment["git_commit"], "device_name": environment["device_name"], "cases": rows}
+    write_atomically(path / "comparison.json", json.dumps(content, indent=2) + "\n")
+    return left
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """A case that is running."""
+
+    case: Case
+    process: subprocess.Popen
+    gpu: str | None
+    stdout: IO[str]
+    stderr: IO[str]
+    begin: float
+
+
+def command(case: Case, folder: Path, cache_folder: str) -> list[str]:
+    """The words that run a case."""
+    place = {"cache_folder": cache_folder, "output_folder": str(folder.parent), "experiment": folder.name}
+    flags = case.flags | place | {"run_name": case.name}
+    return [sys.executable, str(HERE / case.script), *(word for k, v in flags.items() for word in (f"--{k}", v))]
+
+
+def start(case: Case, folder: Path, cache_folder: str, gpu: str | None, choose_gpu: bool) -> Job:
+    """Remove what an earlier attempt left and start the case in a process group of its own."""
+    check_old_folder(folder / case.name)
+    shutil.rmtree(folder / case.name, ignore_errors=True)
+    text = {"encoding": "utf-8", "errors": "replace", "newline": ""}  # newline: a progress bar's \r stays
+    stdout, stderr = (tempfile.TemporaryFile("w+", **text) for _ in range(2))  # noqa: SIM115
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if choose_gpu else {})
+    if case.flags.get("use_compile") == "true":  # each case compiles anew, so that its compile_s is comparable
+        environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    process = subprocess.Popen(
+        command(case, folder, cache_folder),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        env=environment,
+        start_new_session=True,  # the terminal's Ctrl-C reaches the runner only, which passes it on once
+    )
+    return Job(case, process, gpu, stdout, stderr, time.monotonic())
+
+
+def kill_group(job: Job) -> None:
+    """End the process and whatever it started (compile workers), and wait for it."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(job.process.pid, signal.SIGKILL)
+    job.process.wait()
+
+
+def read_lines(file: IO[str]) -> list[str]:
+    """The lines of a process's output that say something; of a progress bar its last state."""
+    file.seek(0)
+    lines = (line.rpartition("\r")[2].rstrip() for line in file.read().replace("\r\n", "\n").split("\n"))
+    return [line for line in lines if line]
+
+
+def conclude(job: Job, folder: Path, environment: dict, *, timed_out: str | None, stopping: bool) -> str:
+    """Make sure that run.json says how a case ended, and leave error.txt if it failed; returns the status."""
+    path, case = folder / job.case.name, job.case
+    lines, code = read_lines(job.stderr), job.process.returncode
+    last_words = read_lines(job.stdout)[-1:]
+    job.stdout.close()
+    job.stderr.close()
+    info = read_info(path)
+    said: dict[str, Any] = {}
+    with suppress(ValueError, IndexError):
+        said = json.loads(last_words[0])
+    status = info.get("status", "running") if info else said.get("status", "running")
+    reason = info.get("error") if info else None
+    ending = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    if timed_out is not None:
+        status, reason = "error", timed_out
+    elif info is None and stopping:
+        return "missing"
+    elif info is None and code == 2 and lines and not any(line.startswith("usage:") for line in lines):
+        status, reason = "unsupported", lines[-1].removeprefix(f"{case.script}: error: ")
+    elif stopping and status in ("running", "interrupted"):
+        status = "interrupted"
+    elif status == "running" or (status == "ok" and (code != 0 or info is None)):
+        status, reason = "error", ": ".join([ending, *lines[-1:]])
+    elif status == "error" and (path / "batch_size_search.csv").exists():
+        probes = (path / "batch_size_search.csv").read_text(encoding="utf-8").splitlines()[1:]
+        if probes and all(",oom," in probe for probe in probes):  # not even one sequence fits: a result, not a failure
+            status = "oom"
+    if status in ("oom", "error") and reason is None:
+        reason = ": ".join([ending, *lines[-1:]])
+    run = RunFolder(path)
+    if info is None:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        run.info = {"experiment": folder.name, "run_name": case.name, **environment, "argv": job.process.args}
+        run.info["settings"] = dict(case.flags)
+    else:
+        run.info = info
+    run.update(status=status, case={"words": case.words, "flags": case.flags, "gpu": job.gpu})
+    if status != "ok":
+        run.update(error=reason)
+        if lines:
+            write_atomically(path / "error.txt", "\n".join(lines[-50:]) + "\n")
+    return status
+
+
+def result_line(case: Case, info: dict[str, Any]) -> str:
+    """Name, status, batch, peak, time and rate of a case; of one that failed its reason."""
+    results = info.get("results") or {}
+    line = f"{case.name:<54} {info.get('status', 'missing'):<12}"
+    if info.get("status") != "ok":
+        return f"{line}{info.get('error') or ''}".rstrip()
+    shown = (("batch_size", ",", "batch"), ("peak_allocated_gib", ".3f", "GiB"), ("step_ms_median", ".1f", "ms"))
+    shown = (*shown, ("tokens_per_s", ",.0f", "tokens/s"))
+    return line + "  ".join(
+        f"{'-' if results.get(key) is None else format(results[key], style):>8} {unit}" for key, style, unit in shown
+    )
+
+
+def run_cases(
+    cases: Sequence[Case],
+    folder: Path,
+    settings: Settings,
+    environment: dict[str, Any],
+    stop: StopRequest,
+    deadline: float,
+    done: Callable[[Case], None],
+) -> None:
+    """Run the cases, one at a time or one on each of `--gpus`, and call `done` after each.
+
+    The first Ctrl-C or SIGTERM is passed on to the processes once and waited for; the second one, or any error here,
+    kills them. No process is left behind.
+
+    Args:
+        deadline: of time.monotonic(); no case is started after it.
+    """
+    gpus = split_list(settings.gpus)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    slots = gpus or [visible if environment["device"] == "cuda" else None]
+    waiting, running, passed_on = list(cases), {}, False
+    limit = 60 * settings.timeout_minutes
+    try:
+        while waiting or running:
+            may_start = stop.signal is None and time.monotonic() < deadline
+            for slot in slots:
+                if waiting and may_start and slot not in running:
+                    running[slot] = start(waiting.pop(0), folder, settings.cache_folder, slot, bool(gpus))
+            if stop.signal is not None and not passed_on:
+                passed_on = True
+                for job in running.values():
+                    job.process.send_signal(stop.signal)
+            for slot, job in list(running.items()):
+                late = time.monotonic() - job.begin > limit
+                if job.process.poll() is None and not late:
+                    continue
+                timed_out = job.process.returncode is None
+                kill_group(job)
+                words = f"took longer than {settings.timeout_minutes:g} minutes; raise --timeout_minutes"
+                conclude(job, folder, environment, timed_out=words if timed_out else None, stopping=passed_on)
+                del running[slot]
+                done(job.case)
+            if not running and not may_start:
+                return
+            time.sleep(0.05)
+    finally:
+        for job in running.values():
+            kill_group(job)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The script
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a lock on an experiment's folder: two runners would remove each other's run folders."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise SettingsError(f"another compare_techniques.py works in {folder}; use --gpus for several GPUs") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def hang_up_means_stop() -> Iterator[None]:
+    """A closed terminal ends the runner like SIGTERM, so that no process is left; under nohup it goes on."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def find_environment(settings: Settings) -> dict[str, Any]:
+    """Device and versions; of a GPU asked for in a process of its own, so that the runner holds no memory there."""
+    gpus = split_list(settings.gpus)
+    has_gpu = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_gpu:
+        raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
+    if settings.device == "cpu" or not has_gpu:
+        if settings.gpus is not None:
+            raise SettingsError("--gpus needs NVIDIA GPUs, and this comparison runs on the CPU; leave it out")
+        return describe_environment(torch.device("cpu"))
+    code = "import json, torch, run_folder; print(json.dumps(run_folder.describe_environment(torch.device('cuda'))))"
+    visible = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else {}
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, env=os.environ | visible, capture_output=True, text=True
+    )
+    if process.returncode != 0:
+        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SettingsError(f"--device cuda{f' --gpus {settings.gpus}' if gpus else ''}: {reason}")
+    return json.loads(process.stdout) | {"argv": sys.argv}
+
+
+def check_settings(settings: Settings) -> list[str]:
+    """The names of the experiments, once every setting is in range and has an effect."""
+    experiments = split_list(settings.experiment)
+    if not experiments or not set(experiments) <= set(EXPERIMENTS) or len(set(experiments)) < len(experiments):
+        raise SettingsError(f"--experiment {settings.experiment} must be different ones of {', '.join(EXPERIMENTS)}")
+    for name, experiment in (
+        ("memory_budget_gib", "max_batch"),
+        ("factors", "factorial"),
+        ("seeds", "quality"),
+        ("updates", "quality"),
+    ):
+        if getattr(settings, name) is not None and experiment not in experiments:
+            raise SettingsError(f"--{name} has no effect without --experiment {experiment}")
+    for name in ("timeout_minutes", "stop_after_minutes", "updates"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise SettingsError(f"--{name} must be above 0 and finite, not {value}")
+    if settings.gpus is not None:
+        read_numbers("gpus", settings.gpus, "0,1", int)
+    if settings.dataset_name is not None and settings.dataset_path is not None:
+        raise SettingsError("--dataset_name and --dataset_path exclude each other; give one of them")
+    return experiments
+
+
+def check_device(cases: Sequence[Case], folder: Path, environment: dict[str, Any]) -> None:
+    """Raise if earlier results are another device's: one table must not mix them, and they are not to be removed."""
+    for case in cases:
+        info = read_info(folder / case.name) or {}
+        names = [str(name).split(" (")[0] for name in (info.get("device_name"), environment["device_name"])]
+        if info.get("status") in FINISHED and names[0] != names[1]:
+            raise SettingsError(
+                f"{folder} holds results of {names[0]}, and this is {names[1]}; choose another --output_folder"
+            )
+
+
+def main() -> int:
+    """Plan the cases of every experiment, then list them or run what is left."""
+    settings = parse_settings(Settings)
+    experiments = check_settings(settings)
+    environment = find_environment(settings)
+    size = settings.size or ("full" if environment["device"] == "cuda" else "smoke")
+    common = {"dataset_name": settings.dataset_name, "dataset_path": settings.dataset_path}
+    common = {name: value for name, value in common.items() if value is not None} | {"device": environment["device"]}
+    plans: list[tuple[str, Path, list[Case]]] = []
+    for name in experiments:
+        cases = make_cases(name, size, settings, environment["device_memory_gib"])
+        for case in cases:
+            case.flags |= common
+        plans.append((name, Path(settings.output_folder) / f"{'smoke_' if size == 'smoke' else ''}{name}", cases))
+    chosen = split_list(settings.cases)
+    unknown = set(chosen) - {case.name for _, _, cases in plans for case in cases}
+    if unknown:
+        raise SettingsError(f"--cases: no case is named {', '.join(sorted(unknown))}; --list true prints the names")
+    for _, folder, cases in plans:
+        for case in cases:
+            status, changes = status_of(case, folder)
+            wanted = not chosen or case.name in chosen
+            if settings.list and wanted:
+                flags = " ".join(f"--{key} {value}" for key, value in case.flags.items())
+                print(f"{folder}/{case.name}: {status}\n    {case.script} {flags}\n    {case.words or case.name}")
+            elif status == "changed" and wanted:
+                print(f"{case.name} was made with other flags and is run anew: {changes}")
+    if settings.list:
+        return 0
+    for _, folder, cases in plans:
+        check_writable(folder, "--output_folder")
+        check_device(cases, folder, environment)
+        for case in cases:
+            if status_of(case, folder)[0] not in FINISHED and (not chosen or case.name in chosen):
+                check_old_folder(folder / case.name)
+
+    deadline = time.monotonic() + 60 * (settings.stop_after_minutes or math.inf)
+    summary: dict[str, Any] = {"status": "ok", "experiments": []}
+    with StopRequest() as stop, hang_up_means_stop():
+        for name, folder, cases in plans:
+            with alone(folder):
+                todo = [case for case in cases if status_of(case, folder)[0] not in FINISHED]
+                todo = [case for case in todo if not chosen or case.name in chosen]
+                print(f"{folder}: {len(cases)} cases, {len(todo)} to run", flush=True)
+
+                def done(case: Case, name: str = name, folder: Path = folder, cases: list[Case] = cases) -> None:
+                    print(result_line(case, read_info(folder / case.name) or {}), flush=True)
+                    write_comparison(folder, name, size, cases, environment)
+
+                try:
+                    run_cases(todo, folder, settings, environment, stop, deadline, done)
+                except KeyboardInterrupt:  # the second Ctrl-C: the processes are gone, what is finished stays
+                    stop.signal = stop.signal or signal.SIGINT
+                left = write_comparison(folder, name, size, cases, environment)
+                if name == "factorial":
+                    content = json.dumps(factorial_effects(cases, folder), indent=2)
+                    write_atomically(folder / "effects.json", content + "\n")
+                counts: dict[str, int] = {}
+                for case in cases:
+                    status = status_of(case, folder)[0]
+                    counts[status] = counts.get(status, 0) + 1
+                summary["experiments"].append({"folder": str(folder), "finished": not left, **counts, "left": left})
+    left = [name for entry in summary["experiments"] for name in entry["left"] if not chosen or name in chosen]
+    errors = any(entry.get("error") for entry in summary["experiments"])
+    summary["status"] = "interrupted" if stop.signal else "error" if errors else "incomplete" if left else "ok"
+    if left:
+        print(f"left: {', '.join(left)}; go on with the same command: python {shlex.join(sys.argv)}")
+    print(json.dumps(summary))
+    if stop.signal is not None:
+        return stop.exit_status
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

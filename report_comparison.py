@@ -1,0 +1,710 @@
+"""The tables of the comparison, made from the run folders of compare_techniques.py and of the technique files.
+
+    python report_comparison.py                                   prints every table of outputs/
+    python report_comparison.py --prefix smoke_                   those of a laptop's small comparison
+
+report.py puts them into the README; no number is typed by hand, not even the lines of code that a technique takes. A
+case that did not end well has its status where its first measurement would stand, and is never left out.
+"""
+
+import ast
+import csv
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils import SettingsError, parse_settings, run_script, setting
+
+ROOT = Path(__file__).parent
+PHASES = {"forward_pass": "forward", "loss": "loss", "backward_pass": "backward", "optimizer_step": "optimizer"}
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading and writing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plain(text: str) -> str:
+    """Words that Markdown shows as they are."""
+    return re.sub(r"([_*|])", r"\\\1", text)
+
+
+def shown(value: float | str | None, digits: int = 3, style: str = "") -> str:
+    """Significant digits, never 1e+03; a status as it is; "-" for what was not measured. style "+" shows the sign."""
+    if value is None or isinstance(value, str):
+        return value or "-"
+    large = abs(value) >= 10 ** (digits - 1)
+    return format(value, f"{style},.0f") if large else format(value, f"{style}#.{digits}g").rstrip(".")
+
+
+def signed(value: float | None) -> str:
+    """An effect: its sign and three decimals, one from 10 on, none from 1000 on."""
+    if value is None:
+        return "-"
+    decimals = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
+    return format(value, f"+,.{decimals}f")
+
+
+def place(path: Path) -> str:
+    """The path as a reader of the repository knows it."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        SettingsError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{place(path)} is missing, so its table cannot be made") from None
+    except ValueError as error:
+        raise SettingsError(f"{place(path)} is damaged: {error}") from None
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file as text.
+
+    Raises:
+        SettingsError: the file is missing.
+    """
+    if not path.is_file():
+        raise SettingsError(f"{place(path)} is missing, so its table cannot be made")
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@dataclass
+class Case:
+    """One case of an experiment: name, flags, how it ended, and its run.json ({} if it left none)."""
+
+    name: str
+    flags: dict[str, str]
+    status: str
+    folder: Path
+    info: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    @property
+    def batch(self) -> int | None:
+        """Sequences in a batch: that which ran, else the planned one, else the one asked for."""
+        known = (self.result("batch_size"), self.info.get("batch_size"), self.flags.get("batch_size"))
+        return next((int(size) for size in known if size), None)
+
+    def result(self, key: str) -> Any:
+        """A number of run.json's results, or None if it was not measured."""
+        return (self.info.get("results") or {}).get(key)
+
+
+def read_cases(outputs: Path, experiment: str) -> list[Case]:
+    """The cases of outputs/<experiment>/comparison.json in its order.
+
+    Raises:
+        SettingsError: the file is missing or damaged, or a case that ended well has no run.json.
+    """
+    folder = Path(outputs) / experiment
+    cases = []
+    for row in read_json(folder / "comparison.json")["cases"]:
+        path = folder / row["name"] / "run.json"
+        info = read_json(path) if path.is_file() or row["status"] == "ok" else {}
+        status = row["status"] if row["status"] != "ok" else info["status"]
+        cases.append(Case(row["name"], dict(row["flags"]), status, path.parent, info))
+    if not cases:
+        raise SettingsError(f"{place(folder / 'comparison.json')} has no cases; run compare_techniques.py")
+    return cases
+
+
+def table_of(cases: Iterable[Case], header: list[str], cells: Callable[[Case], list[str]]) -> str:
+    """One row a case: name, batch and the measured cells, or its status and dashes if it did not end well."""
+    lines = []
+    for case in cases:
+        measured = cells(case) if case.ok else [case.status, *["-"] * (len(header) - 3)]
+        lines.append([plain(case.name), f"{case.batch:,}" if case.batch else "-", *measured])
+    return markdown(header, lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory and time
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def phase_peaks(case: Case) -> dict[str, float]:
+    """Phase -> highest allocated GiB over the tracked steps; {} if none was (compiled code without a GPU)."""
+    peaks: dict[str, float] = {}
+    if case.result("tracked_steps") == 0:
+        return peaks
+    for row in read_table(case.folder / "memory.csv"):
+        peaks[row["phase"]] = max(peaks.get(row["phase"], 0.0), float(row["peak_allocated_gib"]))
+    return peaks
+
+
+def memory_table(outputs: Path, prefix: str = "") -> str:
+    """GiB of each phase at its peak, of the whole step, reserved, and the phase that is the peak."""
+    header = ["case", "batch", *(f"{words}, GiB" for words in PHASES.values())]
+    header += ["step, GiB", "reserved, GiB", "the peak is"]
+
+    def cells(case: Case) -> list[str]:
+        peaks, peak_phase = phase_peaks(case), case.result("peak_phase")
+        values = [*(peaks.get(phase) for phase in (*PHASES, "training_step")), case.result("peak_reserved_gib")]
+        return [*(shown(value) for value in values), PHASES.get(peak_phase, peak_phase) or "-"]
+
+    return table_of(read_cases(outputs, f"{prefix}seed"), header, cells)
+
+
+def time_table(outputs: Path, prefix: str = "") -> str:
+    """Time of a step, the first step, compilation and an epoch; tokens/s and MFU with what it is a share of."""
+    header = ["case", "batch", "step, ms (20th-80th percentile)", "first step, ms", "compilation, s"]
+    header += ["epoch, minutes", "tokens/s", "MFU (of the card's dense peak)"]
+
+    def cells(case: Case) -> list[str]:
+        mfu, peak = case.result("mfu"), case.result("mfu_denominator_tflops")
+        step, low, high = (case.result(f"step_ms_{name}") for name in ("median", "p20", "p80"))
+        return [
+            f"{step:,.1f} ({low:,.1f}-{high:,.1f})",
+            shown(case.result("first_step_ms"), 4),
+            shown(case.result("compile_s")),
+            shown(case.result("epoch_minutes")),
+            f"{case.result('tokens_per_s'):,.0f}",
+            "-" if mfu is None else f"{100 * mfu:.1f} % ({case.info['precision']}: {peak:g} TFLOP/s)",
+        ]
+
+    return table_of(read_cases(outputs, f"{prefix}seed"), header, cells)
+
+
+PEER = "hf-gpt2-compiled"  # its name, or the beginning of it
+
+
+def peer_table(outputs: Path, prefix: str = "") -> str:
+    """The peer and every compiled case of its batch: tokens/s and peak GiB, and both beside the peer's.
+
+    Raises:
+        SettingsError: the experiment has no such peer.
+    """
+    cases = read_cases(outputs, f"{prefix}seed")
+    peer = next((case for case in cases if case.name.startswith(PEER)), None)
+    if peer is None:
+        raise SettingsError(
+            f"{place(outputs / f'{prefix}seed')} has no case {PEER}, so there is nothing to hold against"
+        )
+    header = ["case", "batch", "tokens/s", f"times that of {PEER}", "peak, GiB", f"times that of {PEER}"]
+
+    def cells(case: Case) -> list[str]:
+        rate, peak = case.result("tokens_per_s"), case.result("peak_allocated_gib")
+        if not peer.ok:
+            return [f"{rate:,.0f}", f"- (the peer: {peer.status})", shown(peak), "-"]
+        of_peer = peer.result("peak_allocated_gib")
+        times = f"{peak / of_peer:.2f}" if peak and of_peer else "-"
+        return [f"{rate:,.0f}", f"{rate / peer.result('tokens_per_s'):.2f}", shown(peak), times]
+
+    compiled = [case for case in cases if case.flags.get("use_compile") == "true"]
+    others = [case for case in compiled if case is not peer and case.batch == peer.batch]
+    return table_of([peer, *others], header, cells)
+
+
+def profile_table(outputs: Path, prefix: str = "") -> str:
+    """Where the time of a profiled step goes, beside the floor of its matrix products.
+
+    Raises:
+        SettingsError: no case has a profile.json.
+    """
+    lines, sentences = [], []
+    for case in read_cases(outputs, f"{prefix}seed"):
+        path = case.folder / "profile.json"
+        if not path.is_file():
+            continue
+        profile = read_json(path)
+        floor = profile["matmul_floor_ms"]
+        for category in profile["categories"]:
+            own = floor if category["name"] == "matrix products" else None
+            share = f"{100 * category['share']:.1f} %"
+            lines.append([plain(case.name), plain(category["name"]), shown(category["ms"]), share, shown(own)])
+        together = sum(category["ms"] for category in profile["categories"])
+        lines.append([plain(case.name), "all of it, under the profiler", shown(together), "100 %", "-"])
+        lines.append([plain(case.name), "the step without the profiler", shown(profile["step_ms"]), "-", shown(floor)])
+        rates = ", ".join(f"{rate['shape']} at {rate['tflops']:,.0f}" for rate in profile["matmul_rates"])
+        sentences.append(
+            f"{plain(case.name)}: mean of {profile['steps']} steps; {shown(profile['matmul_tflop'])} TFLOP of matrix "
+            f"products, at the measured TFLOP/s of their shapes ({rates or 'none measured'}) the floor."
+        )
+    if not lines:
+        raise SettingsError(
+            f"no case of {place(outputs / f'{prefix}seed')} has a profile.json; profile a compiled case"
+        )
+    header = ["case", "time goes to", "ms a step", "share", "floor, ms"]
+    return "\n\n".join([markdown(header, lines), *sentences])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Quality
+# --------------------------------------------------------------------------------------------------------------------
+
+REFERENCES = ("flash", "fp32-baseline")  # the first that was run is what the others are held against
+
+
+@dataclass
+class Confounded:
+    """A run of one epoch whose batch decides about the number of updates, beside the runs at equal updates."""
+
+    case: Case
+    configuration: str | None  # the one of equal updates that trains in the same way; None if there is none
+
+
+AMOUNTS = ("batch_size", "tokens_per_update", "max_steps", "epochs", "seed", "tracked_steps", "measured_steps")
+
+
+def technique_flags(case: Case) -> dict[str, str]:
+    """The flags that say how a case trains, not how much."""
+    return {name: value for name, value in case.flags.items() if name not in AMOUNTS}
+
+
+def quality_runs(cases: Iterable[Case]) -> tuple[dict[str, dict[int, Case]], list[Confounded]]:
+    """Configuration -> seed -> run at equal updates, and the confounded runs.
+
+    Raises:
+        SettingsError: a case whose name is neither ...-seed-N nor confounded-...
+    """
+    equal: dict[str, dict[int, Case]] = {}
+    confounded = []
+    for case in cases:
+        match = re.fullmatch(r"(.+)-seed-(\d+)", case.name)
+        if case.name.startswith("confounded-"):
+            confounded.append(Confounded(case, None))
+        elif match:
+            equal.setdefault(match[1], {})[int(match[2])] = case
+        else:
+            raise SettingsError(f"the case {case.name} is named neither ...-seed-N nor confounded-...")
+    for run in confounded:
+        own = technique_flags(run.case)
+        same = (name for name, seeds in equal.items() if own in map(technique_flags, seeds.values()))
+        run.configuration = next(same, None)
+    return equal, confounded
+
+
+def finished(seeds: dict[int, Case], key: str) -> list[float]:
+    """A result of the seeds that ended well."""
+    return [case.result(key) for case in seeds.values() if case.ok]
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Largest minus smallest."""
+    return max(values) - min(values)
+
+
+def difference_words(own: list[float], reference: list[float]) -> str:
+    """Difference of the means, and whether it is more than what seeds do."""
+    if not reference:
+        return "- (it has no result)"
+    difference = mean(own) - mean(reference)
+    if min(len(own), len(reference)) < 2:
+        return f"{difference:+.4f} (one seed has no spread)"
+    limit = max(spread(own), spread(reference))
+    verdict = "no difference" if abs(difference) <= limit else "larger"
+    return f"{difference:+.4f} ({verdict}: spread {limit:.4f})"
+
+
+def listed(values: Iterable[float]) -> str:
+    """The different values, rising."""
+    return ", ".join(f"{value:,}" for value in sorted(set(values)))
+
+
+def quality_table(outputs: Path, prefix: str = "") -> str:
+    """Equal tokens an update and equal updates: test loss of every seed, and differences beside what seeds do."""
+    equal, _ = quality_runs(read_cases(outputs, f"{prefix}quality"))
+    if not equal:
+        raise SettingsError(f"{place(outputs / f'{prefix}quality')} has no case named ...-seed-N")
+    reference = next((name for name in REFERENCES if name in equal), next(iter(equal)))
+    header = ["configuration", "seeds", "updates", "tokens an update", "test loss, mean", "spread"]
+    header += ["of each seed", "perplexity, mean", "bits per byte, mean", f"loss minus that of {plain(reference)}"]
+    lines = []
+    for name, seeds in equal.items():
+        failed = [f"seed {seed}: {case.status}" for seed, case in seeds.items() if not case.ok]
+        losses = finished(seeds, "test_loss")
+        words = f"{len(losses)}" + (f" of {len(seeds)} ({', '.join(failed)})" if losses and failed else "")
+        if not losses:
+            statuses = ", ".join(dict.fromkeys(case.status for case in seeds.values()))
+            lines.append([plain(name), words, statuses, *["-"] * (len(header) - 3)])
+            continue
+        each = ", ".join(f"{case.result('test_loss'):.4f}" if case.ok else case.status for case in seeds.values())
+        lines.append(
+            [
+                plain(name),
+                words,
+                listed(finished(seeds, "steps")),
+                listed(finished(seeds, "tokens_per_update")),
+                f"{mean(losses):.4f}",
+                f"{spread(losses):.4f}" if len(losses) > 1 else "-",
+                each,
+                shown(mean(finished(seeds, "test_perplexity")), 4),
+                f"{mean(finished(seeds, 'test_bits_per_byte')):.3f}",
+                "-" if name == reference else difference_words(losses, finished(equal[reference], "test_loss")),
+            ]
+        )
+    return markdown(header, lines)
+
+
+def confounded_table(outputs: Path, prefix: str = "") -> str:
+    """One epoch at each batch, so that the updates differ, beside the same configuration at equal updates."""
+    equal, confounded = quality_runs(read_cases(outputs, f"{prefix}quality"))
+    if not confounded:
+        raise SettingsError(f"{place(outputs / f'{prefix}quality')} has no case named confounded-...")
+    header = ["case", "batch", "updates", "perplexity", "the same at equal updates", "updates", "perplexity, mean"]
+    partners = {run.case.name: run.configuration for run in confounded}
+
+    def cells(case: Case) -> list[str]:
+        seeds = equal.get(partners[case.name], {})
+        perplexities = finished(seeds, "test_perplexity")
+        return [
+            f"{case.result('steps'):,}",
+            shown(case.result("test_perplexity"), 4),
+            plain(partners[case.name] or "-"),
+            listed(finished(seeds, "steps")) or "-",
+            shown(mean(perplexities) if perplexities else None, 4),
+        ]
+
+    return table_of([run.case for run in confounded], header, cells)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Largest batch and effects
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LargestBatch:
+    """The largest batch of a configuration under a budget, and what the plwiki lab's grid would have answered."""
+
+    status: str  # ok; oom: not even one sequence fits; or what else ended the search
+    size: int | None = None
+    grid: int | None = None  # None: its first size does not fit
+    limited: bool = False  # the search ended at its maximum, not at the memory
+    later: str = ""  # what ended the training that came after the search
+
+    @property
+    def words(self) -> str:
+        if self.size is None:
+            return self.status
+        grid = "oom" if self.grid is None else f"{self.grid:,}"
+        after = f", {self.later} in training" if self.later else ""
+        return f"{'at least ' if self.limited else ''}{self.size:,} ({grid}){after}"
+
+
+def largest_batch(case: Case) -> LargestBatch:
+    """Read batch_size_search.csv: the growing phase ends with the first size that failed."""
+    path = case.folder / "batch_size_search.csv"
+    if not path.is_file() and not case.ok:
+        return LargestBatch(case.status)
+    probes = [(int(row["batch_size"]), row["status"]) for row in read_table(path)]
+    fitting = [size for size, status in probes if status == "ok"]
+    first_failure = next((place for place, (_, status) in enumerate(probes) if status != "ok"), len(probes))
+    if not fitting:
+        return LargestBatch("oom" if probes and probes[-1][1] == "oom" else case.status)
+    grid = max((size for size, _ in probes[:first_failure]), default=None)
+    later = "" if case.ok else case.status
+    return LargestBatch("ok", max(fitting), grid, first_failure == len(probes), later)
+
+
+def largest_batches(cases: Iterable[Case]) -> dict[str, dict[float, LargestBatch]]:
+    """Configuration -> budget in GiB -> answer, from cases named CONFIGURATION-24-gib.
+
+    Raises:
+        SettingsError: a case with another name.
+    """
+    answers: dict[str, dict[float, LargestBatch]] = {}
+    for case in cases:
+        match = re.fullmatch(r"(.+)-(\d+(?:\.\d+)?)-gib", case.name)
+        if match is None:
+            raise SettingsError(f"the case {case.name} is not named CONFIGURATION-BUDGET-gib")
+        answers.setdefault(match[1], {})[float(match[2])] = largest_batch(case)
+    return answers
+
+
+def max_batch_table(outputs: Path, prefix: str = "") -> str:
+    """Configuration x budget: the largest batch by bisection, in brackets that of growing by a quarter from 64."""
+    answers = largest_batches(read_cases(outputs, f"{prefix}max_batch"))
+    budgets = sorted({budget for own in answers.values() for budget in own})
+    header = ["largest batch by bisection (by the grid)", *(f"{budget:g} GiB" for budget in budgets)]
+    lines = [
+        [plain(name), *(own[budget].words if budget in own else "-" for budget in budgets)]
+        for name, own in answers.items()
+    ]
+    return markdown(header, lines)
+
+
+def effects_of(effects: dict[str, Any], measure: str, kind: str) -> dict[str, float | None]:
+    """The main effects or interactions of peak_gib, step_ms or step_ms_ratio; {} if they could not be computed."""
+    return (effects.get(measure) or {}).get(kind) or {}
+
+
+def reasons_of(effects: dict[str, Any]) -> list[str]:
+    """Why some effects are missing."""
+    places = [effects, *(value for value in effects.values() if isinstance(value, dict))]
+    return list(dict.fromkeys(place["reason"] for place in places if isinstance(place.get("reason"), str)))
+
+
+def effect_names(effects: dict[str, Any], kind: str) -> list[str]:
+    """The factors or pairs of them, in the order written."""
+    measures = ("peak_gib", "step_ms", "step_ms_ratio")
+    return list(dict.fromkeys(name for measure in measures for name in effects_of(effects, measure, kind)))
+
+
+def effects_table(outputs: Path, prefix: str = "") -> str:
+    """What each technique changes, over all combinations of the others."""
+    effects = read_json(outputs / f"{prefix}factorial" / "effects.json")
+    lines = []
+    for name in effect_names(effects, "main"):
+        gib, ms, ratio = (effects_of(effects, m, "main").get(name) for m in ("peak_gib", "step_ms", "step_ms_ratio"))
+        lines.append([plain(name), signed(gib), signed(ms), "-" if ratio is None else f"{ratio:.3f}"])
+    table = markdown(["technique", "peak, GiB", "step, ms", "step, times"], lines)
+    return "\n\n".join([table, *(plain(reason) for reason in reasons_of(effects))])
+
+
+def interactions_table(outputs: Path, prefix: str = "") -> str:
+    """Half of what the second one changes in the effect of the first, the largest in GiB first."""
+    effects = read_json(outputs / f"{prefix}factorial" / "effects.json")
+    gib, ms = (effects_of(effects, measure, "interactions") for measure in ("peak_gib", "step_ms"))
+    names = effect_names(effects, "interactions")
+    names.sort(key=lambda name: (-abs(gib.get(name) or 0.0), -abs(ms.get(name) or 0.0)))
+    lines = [[plain(name), signed(gib.get(name)), signed(ms.get(name))] for name in names]
+    table = markdown(["two techniques", "peak, GiB", "step, ms"], lines)
+    return "\n\n".join([table, *(plain(reason) for reason in reasons_of(effects))])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Techniques alone, and what they cost to adopt
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def break_even_words(answer: dict[str, Any]) -> str:
+    """From which size on it pays."""
+    low, high, unit = answer["low"], answer["high"], answer["unit"]
+    if high is None:
+        return f"not up to {low:,} {unit}"
+    return f"from {high:,} {unit} on " + (f"(not yet at {low:,})" if low is not None else "(the smallest tried)")
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f} %"
+
+
+def technique_table(outputs: Path, name: str) -> str:
+    """What a technique file measured: saved by formula and in fact, extra time, exactness, break-even sizes."""
+    info = read_json(outputs / "techniques" / name / "run.json")
+    header = ["variant", "against", "peak, GiB", "saved by the formula, GiB", "saved, GiB", "time", "ms", "result"]
+    lines = []
+    for row in info["results"]["rows"]:
+        saved = [signed(row[key]) for key in ("formula_saved_gib", "saved_gib")]
+        error = "" if row["error"] is None else f" ({row['error']:.1e})"
+        line = [plain(row["variant"]), plain(row["baseline"] or "-")]
+        if row["status"] == "ok":
+            result = (row["exactness"] or "-") + (error if row["exactness"] != "bitwise" else "")
+            line += [shown(row["peak_gib"], 4), *saved, percent(row["extra_time"]), shown(row["ms"]), result]
+        else:
+            line += [row["status"], *["-"] * 5]
+        lines.append([*line, plain(row["note"] or "")])
+    answers = [
+        f"- {plain(answer['question'])}: {plain(break_even_words(answer))}" for answer in info["results"]["break_even"]
+    ]
+    title = f"`{name}.py` on {plain(info['device_name'])}:"
+    return "\n\n".join([title, markdown([*header, "note"], lines), *(["\n".join(answers)] if answers else [])])
+
+
+def techniques_table(outputs: Path, prefix: str = "") -> str:
+    """One table for each technique file that was run, in name order."""
+    folder = outputs / "techniques"
+    names = sorted(path.parent.name for path in folder.glob("*/run.json"))
+    if not names:
+        raise SettingsError(f"{place(folder)} has no run folders; run a technique file such as cross_entropy.py")
+    return "\n\n".join(technique_table(outputs, name) for name in names)
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What a reader has to know before taking a technique over; the lines are counted when the table is made."""
+
+    technique: str
+    flag: str
+    code: tuple[tuple[str, tuple[str, ...]], ...]  # (file, functions and classes), those that the technique runs
+    packages: str = "none"
+    compilation: str = "no"
+    capability: str = "any"  # smallest compute capability of the GPU
+    measured: tuple[str, str] | None = None  # (folder in outputs/techniques, variant) that says how exact it is
+
+
+CHECKPOINTING, LOW_PRECISION = "checkpointing.py", "low_precision_adamw.py"
+CHUNKED = ("linear_cross_entropy", "ChunkedCrossEntropy", "softmax_gradient", "add_product")
+MASTER = ("to_bfloat16", "adamw_update", "LowPrecisionAdamW", "adamw_kernel")
+# fmt: off
+ADOPTIONS = (
+    Adoption("bf16 autocast", "--precision bf16", (("precision.py", ("set_precision", "autocast")),), capability="8.0"),
+    Adoption("fp16 autocast with a scaler", "--precision fp16",
+             (("precision.py", ("set_precision", "autocast", "make_scaler")),), capability="7.0"),
+    Adoption("PyTorch's fused attention", "--attention_backend sdpa", (("attention.py", ("_sdpa",)),),
+             capability="5.0 (flash: 8.0)"),
+    Adoption("flash-attn", "--attention_backend flash_attn", (("attention.py", ("_flash_attn",)),),
+             packages="flash-attn", capability="8.0"),
+    Adoption("checkpointing, every block", "--gradient_checkpointing block", ((CHECKPOINTING, ("checkpointed",)),),
+             measured=("checkpointing", "block")),
+    Adoption("checkpointing, attention kept", "--gradient_checkpointing selective",
+             ((CHECKPOINTING, ("RandomStateOfKept", "_policy", "_contexts", "selectively_checkpointed")),),
+             measured=("checkpointing", "selective")),
+    Adoption("saved tensors in host memory", "--gradient_checkpointing offload",
+             ((CHECKPOINTING, ("_copy_stream", "Parked", "HostOffload", "offloaded")),),
+             measured=("checkpointing", "offload")),
+    Adoption("memory budget of the compiler", "--activation_memory_budget 0.5",
+             ((CHECKPOINTING, ("set_activation_memory_budget",)),), compilation="yes", capability="7.0",
+             measured=("checkpointing", "compiled, memory budget 0.5")),
+    Adoption("chunked loss", "--loss chunked", (("cross_entropy.py", CHUNKED),), measured=("cross_entropy", "chunked")),
+    Adoption("fused loss", "--loss fused", (("cross_entropy.py", ("linear_cross_entropy",)),),
+             packages="liger-kernel", compilation="no (Triton kernels)", capability="8.0",
+             measured=("cross_entropy", "fused (liger-kernel)")),
+    Adoption("8-bit optimizer states", "--optimizer adamw_8bit", (("optimizers.py", ("adamw_8bit_class",)),),
+             packages="torchao", compilation="the optimizer's step", capability="8.0",
+             measured=("optimizers", "adamw_8bit")),
+    Adoption("optimizer step inside backward", "--optimizer_in_backward true",
+             (("optimizers.py", ("OptimizerInBackward",)),), measured=("optimizers", "adamw in backward")),
+    Adoption("bf16 parameters, fp32 master copy", "--parameters bf16_master",
+             ((LOW_PRECISION, MASTER),),
+             compilation="no (a Triton kernel)", capability="8.0", measured=("optimizers", "adamw bf16_master")),
+    Adoption("bf16 parameters, stochastic rounding", "--parameters bf16_stochastic",
+             ((LOW_PRECISION, ("stochastic_round", *MASTER)),),
+             compilation="no (a Triton kernel)", capability="8.0", measured=("optimizers", "adamw bf16_stochastic")),
+)
+# fmt: on
+
+
+def code_lines(path: Path, names: Sequence[str]) -> int:
+    """Source lines of functions and classes (`Class.method` for a method) without blank lines, comments, docstrings.
+
+    Raises:
+        SettingsError: the file is missing or has no such name.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        raise SettingsError(f"{place(path)} is missing, so its lines cannot be counted") from None
+    found: dict[str, ast.AST] = {}
+
+    def visit(node: ast.AST, before: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found[before + child.name] = child
+                visit(child, f"{before}{child.name}.")
+
+    visit(ast.parse(text), "")
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise SettingsError(f"{place(path)} has no {', '.join(missing)}, so its lines cannot be counted")
+    lines = text.splitlines()
+    written = {number for number, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")}
+    for node in found.values():
+        if ast.get_docstring(node) is not None:
+            written -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    counted: set[int] = set()
+    for node in (found[name] for name in names):
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        counted |= written & set(range(first, node.end_lineno + 1))
+    return len(counted)
+
+
+def measured_exactness(outputs: Path, measured: tuple[str, str] | None) -> str:
+    """How exact a variant came out in its technique's run; "-" for a technique without such a run.
+
+    Raises:
+        SettingsError: the run is missing.
+    """
+    if measured is None:
+        return "-"
+    folder, variant = measured
+    rows = read_json(outputs / "techniques" / folder / "run.json")["results"]["rows"]
+    own = next((row for row in rows if row["variant"] == variant), None)
+    return "not measured" if own is None else own["exactness"] or own["status"]
+
+
+def adoption_table(outputs: Path, prefix: str = "", adoptions: Sequence[Adoption] = ADOPTIONS) -> str:
+    """Cost of adoption: flag, lines of code in this repository, packages, compilation, hardware and exactness."""
+    header = ["technique", "flag", "lines of code", "packages beside PyTorch", "needs compilation"]
+    header += ["compute capability from", "result"]
+    lines = []
+    for entry in adoptions:
+        count = sum(code_lines(ROOT / file, names) for file, names in entry.code)
+        files = ", ".join(f"`{file}`" for file, _ in entry.code)
+        lines.append(
+            [
+                entry.technique,
+                f"`{entry.flag}`",
+                f"{count} ({files})" if count else "0",
+                entry.packages,
+                entry.compilation,
+                entry.capability,
+                measured_exactness(outputs, entry.measured),
+            ]
+        )
+    return markdown(header, lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def comparison_tables(outputs: Path, prefix: str = "") -> dict[str, Callable[[], str]]:
+    """Name of the table in the README -> function that makes it from these outputs."""
+    tables = {
+        "memory": memory_table,
+        "time": time_table,
+        "peer": peer_table,
+        "profile": profile_table,
+        "quality": quality_table,
+        "confounded": confounded_table,
+        "max batch": max_batch_table,
+        "effects": effects_table,
+        "interactions": interactions_table,
+        "techniques": techniques_table,
+        "adoption": adoption_table,
+    }
+    return {f"comparison {name}": functools.partial(table, outputs, prefix) for name, table in tables.items()}
+
+
+COMPARISON_TABLES = comparison_tables(ROOT / "outputs")
+
+
+@dataclass
+class Settings:
+    """Settings of `python report_comparison.py`."""
+
+    output_folder: str = setting("outputs", "where the experiments' folders lie")
+    prefix: str = setting("", "what stands before the experiments' names: smoke_ for a laptop's comparison")
+
+
+def main() -> int:
+    """Print every table; status 2 and the reasons if some could not be made."""
+    settings = parse_settings(Settings)
+    failures = []
+    for name, table in comparison_tables(Path(settings.output_folder), settings.prefix).items():
+        try:
+            print(f"{name}\n\n{table()}\n")
+        except SettingsError as error:
+            failures.append(f"{name}: {error}")
+    if failures:
+        raise SettingsError("; ".join(failures))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
