@@ -286,10 +286,17 @@ def attention(
     raise SettingsError(f"attention_backend {backend} is unknown; choose one of auto, {', '.join(BACKENDS)}")
 
 
-@torch.compiler.assume_constant_result
-def _flash_attn_runs() -> bool:
-    """Whether flash-attn can be imported; torch.compile takes the answer for a constant instead of tracing imports."""
+def flash_attn_runs() -> bool:
+    """Whether flash-attn can be imported; a constant for torch.compile (`prepare_for_compile`)."""
     return flash_attn_error() is None
+
+
+def prepare_for_compile() -> None:
+    """Let torch.compile take the answer of `flash_attn_runs` instead of tracing the imports that it tries.
+
+    Called before compiling, and not at import: it loads the compiler, which takes seconds.
+    """
+    torch.compiler.assume_constant_result(flash_attn_runs)
 
 
 def packed_attention(
@@ -312,7 +319,7 @@ def packed_attention(
     if backend == "auto":
         qkv = qkv.to(_kernel_dtype(qkv))
         backend = _auto(qkv, (qkv,), causal, window, dropout_p, packed=True)
-    if backend == "flash_attn" and _flash_attn_runs():
+    if backend == "flash_attn" and flash_attn_runs():
         from flash_attn import flash_attn_qkvpacked_func
 
         try:

@@ -164,6 +164,10 @@ def find_batch_size(
     probes: list[Probe] = []
 
     def runs(size: int) -> bool:
+        # As a run begins: with optimizer states left by the last probe the allocator's memory would be in other pieces.
+        restore(tensors, details, model, optimizer, scaler, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         probe, message = try_batch_size(train, size, device=device, roots=(model, optimizer), limit_bytes=limit_bytes)
         probes.append(probe)
         if csv_path is not None:

@@ -174,16 +174,22 @@ def _without_cast_cache(block: nn.Module, hidden_states: torch.Tensor) -> torch.
         torch.set_autocast_cache_enabled(enabled)
 
 
-def selectively_checkpointed(block: nn.Module, hidden_states: torch.Tensor, method: str) -> torch.Tensor:
+def selectively_checkpointed(
+    block: nn.Module, hidden_states: torch.Tensor, method: str, random: bool = True
+) -> torch.Tensor:
     """Run a block, keeping its input and the outputs of the operators that KEPT_OPERATORS names for the method.
 
-    Arguments and result as in `checkpointed`; the backward pass can run once only (no retain_graph).
+    Every operator passes through Python here, twice in the forward pass and twice in the recomputation: where the GPU
+    does not have enough to do, that is the time of the step, unless torch.compile takes it away.
+
+    Arguments and result as in `checkpointed`; `random` says whether the block draws random numbers (dropout). The
+    backward pass can run once only (no retain_graph).
     """
     kept = KEPT_OPERATORS[method]
+    plain = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, kept))
     if torch.compiler.is_compiling():  # the compiler draws and replays random numbers itself, and has no cast cache
-        contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, kept))
-        return checkpoint(block, hidden_states, use_reentrant=False, context_fn=contexts)
-    contexts = functools.partial(_contexts, kept)
+        return checkpoint(block, hidden_states, use_reentrant=False, context_fn=plain)
+    contexts = functools.partial(_contexts, kept) if random else plain
     return checkpoint(_without_cast_cache, block, hidden_states, use_reentrant=False, context_fn=contexts)
 
 
@@ -301,7 +307,7 @@ def offloaded(blocks: Iterable[nn.Module], hidden_states: torch.Tensor) -> torch
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], hidden_states: torch.Tensor, method: str, *, every: int = 2
+    blocks: Iterable[nn.Module], hidden_states: torch.Tensor, method: str, *, every: int = 2, random: bool = True
 ) -> torch.Tensor:
     """Run blocks one after another with a method of METHODS; without gradients they just run.
 
@@ -310,6 +316,7 @@ def run_blocks(
         hidden_states: (batch, tokens, width).
         method: one of METHODS; ask `unsupported_reason` first.
         every: with every_k, block 0, every, 2 every, ... are checkpointed.
+        random: whether the blocks draw random numbers (dropout); False spares the selective methods some bookkeeping.
 
     Returns:
         (batch, tokens, width)
@@ -331,7 +338,7 @@ def run_blocks(
         if method == "every_k" and index % every:
             hidden_states = block(hidden_states)
         elif method in KEPT_OPERATORS:
-            hidden_states = selectively_checkpointed(block, hidden_states, method)
+            hidden_states = selectively_checkpointed(block, hidden_states, method, random)
         else:
             hidden_states = checkpointed(block, hidden_states)
     return hidden_states
@@ -374,7 +381,8 @@ def saved_bytes_per_token(
     """Bytes a token that the blocks keep on the device for the backward pass, with the one block being rebuilt.
 
     For pre-norm blocks with fused attention, an MLP of 4 x width with GELU, no dropout. What a kept tensor and the
-    rebuilt block share is counted once; gradients are not counted.
+    rebuilt block share is counted once; gradients are not counted, nor are the 16-bit copies of the weights that
+    autocast keeps whatever the batch (24 x width^2 bytes a block that is not checkpointed).
 
     Args:
         activation_bytes: of a number that a matrix product reads or writes: 2 under autocast, else 4.
@@ -581,7 +589,7 @@ def main() -> int:
 
     if device.type == "cuda":
         question = f"block costs less than a quarter more time (4 blocks, 64 x {settings.context_length} tokens)"
-        study.ask(question, "of width", costs_little, [128, 256, 512, 1024, 2048], 64)
+        study.ask(question, "of width", costs_little, [256, 512, 1024, 2048], 128)
     formula = formula_of(settings)
     study.save(formula_bytes_per_token={method: formula(method) for method in METHODS})
     changed = [row["variant"] for row in study.rows if row["exactness"] == "changed"]

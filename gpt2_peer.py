@@ -26,7 +26,6 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-import plot
 import utils
 from batch_size import is_out_of_memory, use_expandable_segments
 from dataset import DATASET_NAMES, TextData, load_text_data
@@ -53,6 +52,7 @@ class Settings:
     cache_folder: str = setting(".cache/tokens", "where token files are kept")
     tracked_steps: int = setting(5, "steps whose memory is tracked, from the second on; they also warm up")
     measured_steps: int = setting(20, "steps after those whose median time is reported")
+    figures: bool = setting(True, "draw this run's figures at its end (plot.py can draw them later)")
     seed: int = setting(0, "initial weights and order of the data")
     device: str = setting("auto", "auto is cuda if there is one", ["auto", "cpu", "cuda"])
     output_folder: str = setting("outputs", "folder of all results")
@@ -252,7 +252,10 @@ def main() -> int:
         print(json.dumps({"run": str(run.path), "status": status}))
         return 1
     run.update(status="ok", finished_at=now(), results=results)
-    plot.plot_run(run.path)
+    if settings.figures:
+        import plot  # matplotlib takes seconds to load
+
+        plot.plot_run(run.path)
     print(json.dumps({"run": str(run.path), "status": "ok", **results}))
     return 0
 

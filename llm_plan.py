@@ -164,10 +164,20 @@ def make_plan(settings: Any) -> Plan:
                 f"{settings.tokens_per_update}; lower one or raise the other"
             )
         batch_size = settings.tokens_per_update // model.context_length
+    if settings.optimizer_in_backward and settings.tokens_per_update and settings.adjust_batch_size:
+        raise SettingsError(
+            "--optimizer_in_backward true makes an update of every batch, and how many batches --tokens_per_update is "
+            "depends on what --adjust_batch_size true will find; leave one of them out"
+        )
     if settings.optimizer_in_backward and (settings.tokens_per_update or 0) > batch_size * model.context_length:
         raise SettingsError(
             "--optimizer_in_backward true drops each gradient at once, so an update is one batch: --tokens_per_update "
             f"must not be above --batch_size x context length ({batch_size} x {model.context_length})"
+        )
+    if settings.parameters != "fp32" and (settings.tokens_per_update or 0) > batch_size * model.context_length:
+        notes.append(
+            f"--parameters {settings.parameters}: gradients are bf16, so the sum over the batches of an update is "
+            "rounded to bf16 after each of them"
         )
     if settings.max_batch_size is not None and batch_size > settings.max_batch_size:
         if settings.batch_size is not None:
@@ -233,6 +243,12 @@ def check_techniques(settings: Any, precision: str, device: torch.device) -> Non
                 "--activation_memory_budget lets the compiler choose what to recompute, --gradient_checkpointing says "
                 "it; give one of them"
             )
+    counted = settings.adjust_batch_size or settings.memory_budget_gib is not None
+    if device.type == "cpu" and counted and settings.optimizer == "adamw_8bit":
+        raise SettingsError(
+            "--adjust_batch_size and --memory_budget_gib count live tensors without a GPU, and those inside torchao's "
+            "compiled step cannot be counted; use --optimizer adamw"
+        )
     if not settings.use_compile:
         return
     if settings.gradient_checkpointing == "offload":
@@ -242,7 +258,7 @@ def check_techniques(settings: Any, precision: str, device: torch.device) -> Non
             "--optimizer_in_backward true saves nothing with --use_compile true: a compiled backward pass returns all "
             "gradients at once; leave one of them out"
         )
-    if device.type == "cpu" and (settings.adjust_batch_size or settings.memory_budget_gib is not None):
+    if device.type == "cpu" and counted:
         raise SettingsError(
             "--adjust_batch_size and --memory_budget_gib count live tensors without a GPU, and compiled code cannot be "
             "counted; leave --use_compile out"

@@ -28,9 +28,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import plot
 import utils
-from attention import observe_kernel
+from attention import observe_kernel, prepare_for_compile
 from attention_support import BACKENDS
 from batch_size import METHODS as SEARCH_METHODS
 from batch_size import Probe, find_batch_size, is_out_of_memory, set_memory_budget, use_expandable_segments
@@ -129,6 +128,7 @@ class Settings:
     tracked_steps: int = setting(5, "steps whose memory is tracked, from the second on; they also warm up")
     measured_steps: int = setting(20, "steps after those whose median time is reported")
     profile_steps: int = setting(0, "steps profiled at the end: where the time goes (a GPU)")
+    figures: bool = setting(True, "draw this run's figures at its end (plot.py can draw them later)")
     log_every: int = setting(100, "steps between printed lines")
 
     # run
@@ -192,6 +192,7 @@ class Objective:
         self.forward = model if self.makes_logits else model.hidden_states
         self.loss = self.full_loss if self.makes_logits else self.loss_without_logits
         if plan.use_compile:
+            prepare_for_compile()
             self.forward = torch.compile(self.forward, fullgraph=True)
             if self.makes_logits:
                 self.loss = torch.compile(cross_entropy, fullgraph=True)
@@ -258,7 +259,7 @@ def training_step(
 
 
 def evaluate(objective: Objective, split: TokenSplit, batch_size: int, stop: StopRequest) -> dict[str, float]:
-    """Loss, perplexity and bits per byte over every token of a split; no batch size changes them."""
+    """Loss, perplexity and bits per byte over every token of a split; no batch size changes them but by rounding."""
     context_length, device = objective.model.config.context_length, objective.plan.device
     windows = split.num_windows(context_length)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -423,8 +424,8 @@ class Training:
         def step(tracker: Any) -> None:
             training_step(self.objective, self.optimizer, self.scaler, batches, tracker)
 
-        tokens = self.sequences_per_update * self.context_length
-        options = {"model": self.model, "tokens": tokens, "precision": self.plan.precision}
+        options = {"model": self.model, "tokens": batches[0][0].numel(), "batches": len(batches)}
+        options["precision"] = self.plan.precision
         result = profile_steps(step, self.settings.profile_steps, **options)
         write_atomically(self.run.path / "profile.json", json.dumps(result, indent=2) + "\n")
         print(profile_table(result))
@@ -539,6 +540,8 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
     model = json.loads(json.dumps(asdict(plan.model)))  # as run.json holds it
     meant = {"device": plan.device.type, "precision": plan.precision, "model": model}
     if resumed:
+        if run.info["model"].keys() != meant["model"].keys():
+            raise SettingsError(f"--resume {settings.resume}: that run was made by another version of this lab")
         if run.info["dataset"]["cache_key"] != data.description["cache_key"]:
             raise SettingsError(f"--resume {settings.resume}: the text or tokenizer is not the one of that run")
         for name, value in meant.items():
@@ -560,6 +563,7 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
             **(describe_environment(plan.device) | meant),
             settings=asdict(settings),
             batch_size=plan.batch_size,
+            loss_chunk_tokens=plan.loss_chunk_tokens if plan.loss == "chunked" else None,
             expandable_segments=plan.device.type == "cuda"
             and any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()),
             memory_budget_gib=plan.capacity_gib if settings.adjust_batch_size else settings.memory_budget_gib,
@@ -628,10 +632,12 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
     if settings.profile_steps:
         training.profile()
     run.update(status="ok", stopped_by=outcome, finished_at=now(), results=results)
-    title = f"{data.description['description']}; {data.tokenizer['description']}"
-    if metrics is not None:
+    if settings.figures:
+        import plot  # matplotlib takes seconds to load
+
+        title = f"{data.description['description']}; {data.tokenizer['description']}"
         plot.plot_text_lengths(data.document_lengths.tolist(), run.path / "text_length_distribution.png", title)
-    plot.plot_run(run.path)
+        plot.plot_run(run.path)
 
     print(training.tracker.table())
     if training.compile_s is not None:

@@ -109,6 +109,11 @@ def make_optimizer(
     if reason is not None:
         raise SettingsError(reason)
     model_parameters = list(model_parameters)
+    if name == "adamw_8bit" and not any(p.numel() >= 4096 and p.numel() % 256 == 0 for p in model_parameters):
+        raise SettingsError(
+            "--optimizer adamw_8bit has no effect: torchao keeps states of tensors below 4,096 numbers, or of a number "
+            "that 256 does not divide, in full, and this model has no others; use --optimizer adamw"
+        )
     options = {"lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw_8bit":
         if parameters == "bf16_stochastic":

@@ -72,6 +72,8 @@ def draw_cross(ax: Axes, row: float, status: str) -> None:
 
 def legend_below(figure: Figure, columns: int, handles: list | None = None) -> None:
     extra = {} if handles is None else {"handles": handles}
+    labels = [handle.get_label() for handle in handles or figure.axes[0].get_legend_handles_labels()[0]]
+    columns = min(columns, max(1, 130 // (8 + max(map(len, labels), default=1))))  # about 130 characters fit
     figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False, **extra)
 
 
@@ -380,14 +382,14 @@ def quality_figure(cases: Sequence[Case], title: str, key: str, label: str) -> F
     handles = [
         Line2D([], [], marker="o", linestyle="none", color=BLUE, markersize=7, label="one seed, equal updates"),
         Line2D([], [], marker="|", linestyle="none", color=BLACK, markersize=12, markeredgewidth=2.2, label="mean"),
-        Line2D([], [], marker="D", linestyle="none", color=ORANGE, markersize=7, label="one epoch, other updates"),
+        Line2D([], [], marker="D", linestyle="none", color=ORANGE, markersize=7, label="as many tokens, other updates"),
     ]
     legend_below(figure, 3, handles)
     return figure
 
 
 def updates_figure(cases: Sequence[Case]) -> Figure:
-    """Perplexity against the number of updates: runs at equal updates, and one epoch at each batch."""
+    """Perplexity against the number of updates: runs at equal updates, and larger batches on as many tokens."""
     equal, confounded = tables.quality_runs(cases)
     subtitle = words_of(cases, "test_tokens", "test tokens")
     figure, (ax,) = new_figure("Perplexity against the number of updates", subtitle, 1, 6.2)
@@ -400,7 +402,7 @@ def updates_figure(cases: Sequence[Case]) -> Figure:
             {"marker": "o", "color": BLUE, "alpha": 0.6},
             [c for s in equal.values() for c in s.values()],
         ),
-        ("one epoch at each batch", {"marker": "D", "color": ORANGE}, [run.case for run in confounded]),
+        ("as many tokens at a larger batch", {"marker": "D", "color": ORANGE}, [run.case for run in confounded]),
     ]:
         good = [case for case in chosen if case.ok]
         places[words] = [(case.result("steps"), case.result("test_perplexity")) for case in good]
@@ -446,14 +448,14 @@ def max_batch_figure(cases: Sequence[Case]) -> Figure:
     """Largest batch against the budget, a line a configuration with its name; hollow: the plwiki lab's grid."""
     answers = tables.largest_batches(cases)
     facts = [fact for fact in words_of(cases, "", "").split(" | ") if not fact.startswith("batch ")]
-    facts += [f"n = {len(cases)} searches", "hollow: where growing by a quarter from 64 ends"]
+    searched = sum(case.status in ("ok", "oom") for case in cases)
+    facts += [f"n = {searched} searches", "hollow: where growing by a quarter alone ends"]
     subtitle = " | ".join(facts)
     figure, (ax,) = new_figure("Largest batch that trains", subtitle, 1, 6.8)
     budgets = sorted({budget for own in answers.values() for budget in own})
     sizes = [answer.size for own in answers.values() for answer in own.values() if answer.size]
     sizes += [answer.grid for own in answers.values() for answer in own.values() if answer.grid]
-    failed: Counter[float] = Counter()
-    ends, names = [], []
+    ends, names, rows = [], [], 0
     for index, (name, own) in enumerate(answers.items()):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         found = [(budget, answer) for budget, answer in sorted(own.items()) if answer.size]
@@ -466,24 +468,31 @@ def max_batch_figure(cases: Sequence[Case]) -> Figure:
         if grid:
             style = {"markerfacecolor": "none", "markeredgecolor": colour, "markersize": 10, "linestyle": "none"}
             ax.plot(*zip(*grid, strict=True), marker=marker, zorder=2, **style)
-        for budget, answer in own.items():
-            if answer.size is None or answer.later:
-                words = answer.status if answer.size is None else f"{answer.later} in training"
-                level = 0.025 + 0.042 * failed[budget]
-                failed[budget] += 1
-                down = ax.get_xaxis_transform()
-                ax.plot([budget], [level], transform=down, zorder=4, **(CROSS | {"markersize": 6}))
-                style = {"textcoords": "offset points", "va": "center", "fontsize": 7.5, "color": RED}
-                ax.annotate(f"{name}: {words}", (budget, level), (6, 0), down, **style)
+        crosses = {
+            budget: answer.status if answer.size is None else f"{answer.later} in training"
+            for budget, answer in sorted(own.items())
+            if answer.size is None or answer.later
+        }
+        if crosses:  # a row of crosses for each configuration, its words behind the last of them
+            level, down = 0.025 + 0.042 * rows, ax.get_xaxis_transform()
+            rows += 1
+            ax.plot(list(crosses), [level] * len(crosses), transform=down, zorder=4, **(CROSS | {"markersize": 6}))
+            words = "; ".join(
+                f"{word} ({', '.join(f'{budget:g}' for budget, own_word in crosses.items() if own_word == word)} GiB)"
+                for word in dict.fromkeys(crosses.values())
+            )
+            style = {"textcoords": "offset points", "va": "center", "fontsize": 7.5, "color": RED}
+            ax.annotate(f"{name}: {words}", (max(crosses), level), (6, 0), down, **style)
     ax.set_xscale("log")
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    near = [False, *(right < 1.12 * left for left, right in itertools.pairwise(budgets))]  # a line lower
+    ax.set_xticks(budgets, [f"{chr(10) * low}{budget:g}" for budget, low in zip(budgets, near, strict=True)])
     ax.set_xlim(budgets[0] / 1.1, budgets[-1] * (budgets[-1] / budgets[0]) ** 0.5 * 1.1)
     ax.set(xlabel="memory budget (GiB)", ylabel="largest batch (sequences)")
     if sizes:
         ax.set_yscale("log")
         plain_logarithm(ax.yaxis)
-        share = 0.04 + 0.045 * max(failed.values(), default=0)  # of the axes, for the crosses below every line
+        share = 0.04 + 0.045 * rows  # of the axes, for the crosses below every line
         span = math.log(max(sizes) * 1.4) - math.log(min(sizes) / 1.2)
         ax.set_ylim(min(sizes) / 1.2 / math.exp(span * share / (1 - share)), max(sizes) * 1.4)
     name_lines(ax, ends, names)

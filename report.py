@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report_comparison import markdown, read_json, shown
+from report_comparison import COMPARISON_TABLES, markdown, read_json, shown
 from run_folder import write_atomically
 from utils import SettingsError, parse_settings, run_script, setting
 
@@ -249,6 +249,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention long": long_table,
     "attention break-even": break_even_table,
     "attention overhead": overhead_table,
+    "comparison quality": COMPARISON_TABLES["comparison quality"],
 }
 
 # --------------------------------------------------------------------------------------------------------------------

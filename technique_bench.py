@@ -8,6 +8,7 @@ Every technique file's `main()` uses it: `measure` for one variant, `find_break_
 
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -225,11 +226,16 @@ class Study:
 
 
 def relative_error(values: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
-    """The largest over the tensors of |value - reference| / |reference| (2-norms in fp64); 0 if all are equal."""
+    """The largest over the tensors of |value - reference| / |reference| (2-norms in fp64); 0 if all are equal.
+
+    Infinite where a value or a reference is not finite, so that no bound lets it pass.
+    """
     worst = 0.0
     for value, exact in zip(values, reference, strict=True):
         difference = (value.detach().double() - exact.detach().double()).norm().item()
         scale = exact.detach().double().norm().item()
+        if not (math.isfinite(difference) and math.isfinite(scale)):
+            return math.inf
         worst = max(worst, difference / scale if scale else difference)
     return worst
 

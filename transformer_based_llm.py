@@ -180,7 +180,11 @@ class TransformerLM(nn.Module):
         positions = torch.arange(token_ids.shape[1], device=token_ids.device)
         hidden_states = self.dropout(self.token_embedding(token_ids) + self.position_embedding(positions))
         hidden_states = run_blocks(
-            self.blocks, hidden_states, config.gradient_checkpointing, every=config.checkpoint_every
+            self.blocks,
+            hidden_states,
+            config.gradient_checkpointing,
+            every=config.checkpoint_every,
+            random=config.dropout > 0,
         )
         return self.final_norm(hidden_states)
 

@@ -884,8 +884,9 @@ def test_gpu_the_inputs_are_the_difference_of_the_two_peaks(backend, window):
     case = Case(backend, 2, 512, 4, 64, window=window, dtype="bf16")
     measurement = measure(case, CUDA, Reference(), **QUICK)
     assert (measurement.status, measurement.reason) == ("ok", "")
+    kept = 8192 if backend == "flex" else 0  # its block mask of a few KiB stays in its cache, see `clean`
     for direction, peak in measurement.peak_bytes.items():
-        assert peak - measurement.peak_above_inputs_bytes[direction] == case.inputs_bytes
+        assert 0 <= peak - measurement.peak_above_inputs_bytes[direction] - case.inputs_bytes <= kept
 
 
 FIRST_AND_SECOND = """

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,9 +24,11 @@ import torch
 from transformers import GPT2LMHeadModel
 
 import compare_techniques
+import comparison_cases
 import gpt2_peer
 import llm_train
-from compare_techniques import FACTORS, Settings, all_combinations, effects, grid_answer, make_cases
+from compare_techniques import Settings, effects, grid_answer
+from comparison_cases import FACTORS, all_combinations, make_cases
 from dataset import load_text_data
 from sample_documents import generate_documents
 from transformer_based_llm import TransformerLM, count_matmul_parameters, model_config
@@ -187,7 +189,7 @@ def bench(tmp_path, monkeypatch) -> Bench:
 
     table = tuple((f"{letter}-batch-125", "--precision fp32", f"case {letter}") for letter in "abcd")
     monkeypatch.setattr(compare_techniques, "command", command)
-    monkeypatch.setattr(compare_techniques, "SEED_CASES", table)
+    monkeypatch.setattr(comparison_cases, "SEED_CASES", table)
     bench = Bench(tmp_path)
     bench.behave()
     return bench
@@ -229,8 +231,8 @@ def test_oom_and_unsupported_are_results_and_errors_are_tried_again(bench):
 def test_a_case_with_other_flags_is_run_anew_and_says_so(bench):
     bench.run()
     bench.names()
-    table = (*compare_techniques.SEED_CASES[:1], (ALL[1], "--precision bf16", ""), *compare_techniques.SEED_CASES[2:])
-    with patch.object(compare_techniques, "SEED_CASES", table):
+    table = (*comparison_cases.SEED_CASES[:1], (ALL[1], "--precision bf16", ""), *comparison_cases.SEED_CASES[2:])
+    with patch.object(comparison_cases, "SEED_CASES", table):
         _, out, _ = bench.run()
     assert bench.names() == [ALL[1]]
     assert "b-batch-125 was made with other flags and is run anew: --precision was fp32, is bf16" in out
@@ -295,8 +297,8 @@ def test_chosen_cases_leave_the_others_in_the_list(bench):
 def test_cases_of_other_lists_stay_in_the_comparison(bench):
     for seed in "01":
         with (
-            patch.object(compare_techniques, "QUALITY_CASES", compare_techniques.QUALITY_CASES[:2]),
-            patch.object(compare_techniques, "CONFOUNDED_CASES", ()),
+            patch.object(comparison_cases, "QUALITY_CASES", comparison_cases.QUALITY_CASES[:2]),
+            patch.object(comparison_cases, "CONFOUNDED_CASES", ()),
         ):
             bench.run("--experiment", "quality", "--seeds", seed)
     names = [row["name"] for row in bench.comparison("smoke_quality")["cases"]]
@@ -434,6 +436,22 @@ def test_two_gpus_run_two_cases_at_a_time(bench):
     assert {row["name"]: row["gpu"] for row in bench.comparison()["cases"]} == where
 
 
+def test_several_cases_at_a_time_on_a_cpu(bench):
+    bench.behave(**dict.fromkeys(ALL, "slow"))
+    assert bench.run("--processes", "3")[0] == 0
+    events = sorted(
+        [(row["time"], 1) for row in bench.calls("begin")] + [(row["time"], -1) for row in bench.calls("end")]
+    )
+    assert max(accumulate(change for _, change in events)) == 3
+    assert bench.statuses() == dict.fromkeys(ALL, "ok") and bench.comparison()["finished"] is True
+    assert {row["gpu"] for row in bench.comparison()["cases"]} == {None}
+    with (
+        patch.object(torch.cuda, "is_available", lambda: True),
+        pytest.raises(SettingsError, match="--processes is for the CPU"),
+    ):
+        compare_techniques.find_environment(Settings(processes=2))
+
+
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +471,7 @@ def test_two_gpus_run_two_cases_at_a_time(bench):
         (["--timeout_minutes", "0"], "--timeout_minutes must be above 0"),
         (["--cases", "x"], "no case is named x"),
         (["--gpus", "0"], "--gpus needs NVIDIA GPUs"),
+        (["--processes", "0"], "--processes must be above 0"),
         (["--dataset_name", "sample", "--dataset_path", "x"], "exclude each other"),
     ],
 )
@@ -470,12 +489,12 @@ NINE = {
 }  # fmt: skip
 
 
-def cases_of(experiment: str, size: str, memory: float | None = None, **changes) -> dict[str, compare_techniques.Case]:
+def cases_of(experiment: str, size: str, memory: float | None = None, **changes) -> dict[str, comparison_cases.Case]:
     return {case.name: case for case in make_cases(experiment, size, Settings(**changes), memory)}
 
 
 @pytest.mark.parametrize("size", ["full", "smoke"])
-@pytest.mark.parametrize("experiment", compare_techniques.EXPERIMENTS)
+@pytest.mark.parametrize("experiment", comparison_cases.EXPERIMENTS)
 def test_every_flag_of_every_case_exists(experiment, size, tmp_path):
     cases = make_cases(experiment, size, Settings())
     assert len({case.name for case in cases}) == len(cases)
@@ -483,6 +502,7 @@ def test_every_flag_of_every_case_exists(experiment, size, tmp_path):
         script = {"llm_train.py": llm_train, "gpt2_peer.py": gpt2_peer}[case.script]
         settings = parse_settings(script.Settings, compare_techniques.command(case, tmp_path / experiment, "x")[2:])
         assert settings.run_name == case.name and settings.cache_folder == "x" and settings.experiment == experiment
+        assert settings.figures is False and "figures" not in case.flags  # no reason to make a finished case anew
         for name, value in case.flags.items():
             parsed = getattr(settings, name)
             assert str(parsed).lower() == value or float(parsed) == float(value), (case.name, name)
@@ -502,6 +522,8 @@ def test_the_seed_experiment():
     assert [name for name in changed if not changed[name]] == ["flash-attention-adamw-batch-125"]
     assert changed["flash-attention-batch-125"] == {("optimizer", "adam")}
     assert changed["flash-chunked-loss-batch-125"] == {("loss", "chunked")}
+    selective, block = (full[f"flash-compile-{name}-chunked-loss-batch-125"] for name in ("selective", "checkpointing"))
+    assert block.flags | {"gradient_checkpointing": "selective"} == selective.flags
 
 
 def test_the_factorial_has_every_combination_once():
@@ -518,12 +540,13 @@ def test_the_factorial_has_every_combination_once():
 
 def test_budgets_and_the_whole_card():
     cases = cases_of("max_batch", "full", 79.2)
-    assert len(cases) == 40 and cases["flash-chunked-loss-24-gib"].flags["memory_budget_gib"] == "24"
+    assert len(cases) == 48 and cases["flash-chunked-loss-24-gib"].flags["memory_budget_gib"] == "24"
     assert (
         "memory_budget_gib" not in cases["flash-80-gib"].flags and "whole card of 79.2" in cases["flash-80-gib"].words
     )
+    assert cases["flash-45-gib"].flags["memory_budget_gib"] == "45"
     small = cases_of("max_batch", "full", 44.98)
-    assert "memory_budget_gib" not in small["flash-48-gib"].flags
+    assert "memory_budget_gib" not in small["flash-45-gib"].flags | small["flash-48-gib"].flags
     assert small["flash-80-gib"].flags["memory_budget_gib"] == "80"  # the trainer refuses it: a row, not another budget
     assert next(iter(cases_of("max_batch", "smoke", memory_budget_gib="0.05"))) == "fp32-baseline-0.05-gib"
 
@@ -667,7 +690,7 @@ def peer(tmp_path_factory) -> Callable[..., tuple[int, str, Path]]:
         with (
             patch.object(sys, "argv", argv),
             patch.dict("transformer_based_llm.MODEL_SIZES", sizes),
-            patch.object(gpt2_peer.plot, "plot_run"),
+            patch("plot.plot_run", lambda path: (path / "figure").write_text("drawn")),
             patch("dataset.sample_source", lambda count, original=gpt2_peer_sample: original(30)),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(out),
@@ -698,6 +721,13 @@ def test_the_peer_leaves_a_run_folder_like_any_other(peer):
     assert phases == {"training_step", "forward_pass", "backward_pass", "optimizer_step"}
     losses = [json.loads(line)["loss"] for line in (path / "steps.jsonl").read_text().splitlines()]
     assert losses[0] == pytest.approx(math.log(300), abs=0.1) and losses[-1] < losses[0]
+
+
+def test_the_peers_figures_are_drawn_unless_they_are_not_wanted(peer):
+    for wanted in ("true", "false"):
+        status, out, path = peer(f"figures-{wanted}", figures=wanted)
+        assert status == 0, out
+        assert (path / "figure").exists() == (wanted == "true")
 
 
 def test_the_peer_trains_on_the_batches_of_llm_train(peer):

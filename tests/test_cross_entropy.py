@@ -100,12 +100,17 @@ def test_the_softmax_of_a_chunk(function, dtype):
     assert (logits.double() - exact_logits.grad).abs().max() < bound
 
 
-def test_without_gradients_there_are_none():
+def test_without_gradients_there_are_none(monkeypatch):
+    """Also none on the way: the head is a parameter, which asks for its gradient even then."""
     hidden, weight, targets = tensors()
+    weight = torch.nn.Parameter(weight.detach())
+    monkeypatch.setattr(cross_entropy, "softmax_gradient", None)
     with torch.no_grad():
         value = linear_cross_entropy(hidden, weight, targets, loss="chunked", reduction="sum", chunk_tokens=7)
-    assert not value.requires_grad
-    assert abs(value.item() - exact(hidden, weight, targets, "sum")[0].item()) < 1e-3
+    assert not value.requires_grad and value.dtype == torch.float64
+    assert abs(value.item() - exact(hidden, weight, targets, "sum")[0].item()) < 1e-4
+    with pytest.raises(TypeError, match="not callable"):  # with gradients it is needed
+        linear_cross_entropy(hidden, weight, targets, loss="chunked")
 
 
 def test_only_the_gradient_that_is_wanted():
@@ -120,7 +125,7 @@ def test_a_second_backward_is_an_error():
     hidden, weight, targets = tensors()
     value = linear_cross_entropy(hidden, weight, targets, loss="chunked")
     value.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"can run once|modified by an inplace operation"):
         value.backward()
 
 
@@ -149,6 +154,15 @@ def test_the_peak_is_a_chunk_of_logits():
     gradients = 4 * WIDTH * (tokens + vocab)
     assert 12 * tokens * vocab <= peak("full") < 12 * tokens * vocab * 1.05 + gradients
     assert 4 * chunk * vocab <= peak("chunked", chunk_tokens=chunk) < 6 * chunk * vocab + 2 * gradients
+
+
+def test_fp16_products_do_not_overflow():
+    """One target for all and large hidden states: the sum over a chunk is beyond fp16's 65,504."""
+    tokens = 30_000
+    hidden = torch.full((tokens, 4), 4.0).requires_grad_()
+    weight, targets = torch.zeros(8, 4).requires_grad_(), torch.zeros(tokens, dtype=torch.int64)
+    own = result("chunked", hidden, weight, targets, precision="fp16", chunk_tokens=tokens)
+    assert relative_error(own, exact(hidden, weight, targets)) < 2e-3
 
 
 def test_add_product_sums_16_bit_products():
@@ -224,8 +238,34 @@ def test_gpu_triton_kernel_is_the_plain_function(dtype, vocab_size):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_a_second_backward_is_an_error(compiled):
+    """Also where a kernel writes behind autograd's back."""
+    hidden, weight, targets = tensors(CUDA)
+    value = linear_cross_entropy(hidden, weight, targets, loss="chunked", compiled=compiled)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"can run once|modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16),
+                                    (torch.bfloat16, torch.bfloat16)])  # fmt: skip
+def test_gpu_scale_is_the_plain_product(dtypes):
+    values = torch.randn(777, 33, device=CUDA).to(dtypes[0])
+    factor = torch.tensor(0.37, device=CUDA)
+    expected = (values.float() * factor).to(dtypes[1])
+    kept = values.data_ptr()
+    for function in (cross_entropy.scale, cross_entropy.triton_scale()):
+        own = function(values.clone(), factor, dtypes[1])
+        assert own.dtype == dtypes[1] and torch.equal(own, expected)
+    same = cross_entropy.triton_scale()(values, factor, dtypes[1])
+    assert (same.data_ptr() == kept) == (dtypes[0] == dtypes[1])
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(cross_entropy.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gpu_fused_is_as_exact_as_the_full_loss(precision, reduction):
     problem = tensors(CUDA, tokens=300, width=64, vocab_size=1000)

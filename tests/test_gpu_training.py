@@ -52,8 +52,11 @@ def losses(folder):
         ["--precision", "fp32", "--attention_backend", "eager"],
         ["--use_flash_attention", "true"],
         ["--precision", "fp16", "--use_gradient_checkpointing", "true", "--deterministic", "true"],
+        ["--parameters", "bf16_stochastic", "--gradient_checkpointing", "offload", "--loss", "chunked"],
+        ["--precision", "bf16", "--optimizer_in_backward", "true", "--gradient_checkpointing", "selective"],
+        ["--parameters", "bf16_master", "--use_compile", "true", "--loss", "chunked"],
     ],
-    ids=["fp32-eager", "bf16-flash", "fp16-checkpointing-deterministic"],
+    ids=["fp32-eager", "bf16-flash", "fp16-checkpointing-deterministic", "stochastic-offload", "backward", "compile"],
 )
 def test_resume_after_kill_9_is_bit_identical(tmp_path, cache, flags):
     """The killed and resumed run logs the losses of an uninterrupted one, bit for bit, and the same test loss."""
@@ -110,3 +113,24 @@ def test_flash_attention_in_fp32_is_an_error_that_says_why(tmp_path, cache):
     )
     assert result.returncode == 2 and "bf16 and fp16" in result.stderr
     assert not (tmp_path / "llm").exists()
+
+
+def test_profile_adds_up(tmp_path, cache):
+    """The categories are the step, and the products of the profile are those that the model has."""
+    flags = ["--precision", "bf16", "--max_steps", "40", "--profile_steps", "3", "--evaluate_on", "none"]
+    last = run(tmp_path, cache, *flags, "--run_name", "profiled")
+    profile = json.loads((tmp_path / "llm" / "profiled" / "profile.json").read_text())
+    times = {row["name"]: row["ms"] for row in profile["categories"]}
+    assert sum(times.values()) == pytest.approx(profile["step_ms"], rel=0.15)
+    assert {"matrix products", "attention", "GELU", "norms", "loss", "optimizer"} <= set(times)
+    tokens = 32 * 256
+    weights = 4 * 12 * 768**2 + 768 * 8000
+    assert profile["matmul_tflop"] == pytest.approx(6 * weights * tokens / 1e12, rel=1e-6)
+    assert profile["step_ms"] == pytest.approx(last["step_ms_median"], rel=0.3)
+
+
+def test_the_largest_batch_trains(tmp_path, cache):
+    """Under a budget that is not the card's: what the search finds is what training survives."""
+    flags = ["--use_flash_attention", "true", "--loss", "chunked", "--adjust_batch_size", "true"]
+    last = run(tmp_path, cache, *flags, "--memory_budget_gib", "6", "--max_steps", "20", "--epochs", "9")
+    assert last["status"] == "ok" and last["peak_reserved_gib"] <= 6

@@ -31,6 +31,7 @@ import attention_support
 import dataset
 import llm_plan
 import llm_train
+import plot
 import run_folder
 import training_state
 import transformer_based_llm
@@ -148,17 +149,14 @@ def workplace(tmp_path_factory, quick) -> Path:
 
 @pytest.fixture(scope="module")
 def train(workplace) -> Callable[..., Run]:
-    """train(name=value, ...) runs BASE with these changes, train(resume=path, ...) goes on; `figures` draws, too."""
+    """train(name=value, ...) runs BASE with these changes, train(resume=path, ...) goes on; only `figures` draws."""
     numbers = itertools.count()
 
-    def train(*, figures: bool = False, **changes) -> Run:
+    def train(**changes) -> Run:
         output_folder = workplace / f"run-{next(numbers)}"
-        defaults = {"cache_folder": workplace / "cache", "output_folder": output_folder}
+        defaults = {"cache_folder": workplace / "cache", "output_folder": output_folder, "figures": False}
         settings = changes if "resume" in changes else BASE | defaults | changes
-        with contextlib.ExitStack() as stack:
-            for name in () if figures else ("plot_run", "plot_text_lengths"):
-                stack.enter_context(patch.object(llm_train.plot, name))
-            status, out, err = call_script(flags(settings))
+        status, out, err = call_script(flags(settings))
         path = settings["resume"] if "resume" in changes else run_folder_in(Path(settings["output_folder"]))
         return Run(status, out, err, path)
 
@@ -539,6 +537,15 @@ WRONG = {  # settings, what the sentence names
     "accumulation and update in backward": (
         {"tokens_per_update": 512, "optimizer_in_backward": True},
         "--optimizer_in_backward true drops each gradient",
+    ),
+    "search, accumulation and update in backward": (
+        {"adjust_batch_size": True, "tokens_per_update": 256, "optimizer_in_backward": True, "memory_budget_gib": 0.01},
+        "--optimizer_in_backward true makes an update of every batch",
+    ),
+    "8-bit states of nothing": ({"embedding_dim": 16, "optimizer": "adamw_8bit"}, "adamw_8bit has no effect"),
+    "8-bit states and a budget on a CPU": (
+        {"optimizer": "adamw_8bit", "memory_budget_gib": 1},
+        "use --optimizer adamw",
     ),
     "fp16 and update in backward": ({"precision": "fp16", "optimizer_in_backward": True}, "use --precision bf16"),
     "adam with bf16 parameters": ({"optimizer": "adam", "parameters": "bf16_master"}, "use --optimizer adamw"),
@@ -1005,6 +1012,10 @@ EFFECTS = {  # field: (changes, what must be true of the base run and the change
         {"measured_steps": 2},
         lambda base, run: (base.results["timed_steps"], run.results["timed_steps"]) == (3, 2),
     ),
+    "figures": (
+        {"figures": True},
+        lambda base, run: (len(list(base.path.glob("*.png"))), len(list(run.path.glob("*.png")))) == (0, 3),
+    ),
     "log_every": (
         {"log_every": 2},
         lambda base, run: (printed_steps(base), printed_steps(run)) == ([], ["2:", "4:", "6:"]),
@@ -1313,9 +1324,7 @@ def test_unigram_control_against_a_count_by_hand():
 
 def test_disk_full_while_drawing(train):
     """The results are in; the missing picture is one sentence and status 2."""
-    with patch.object(
-        llm_train.plot, "plot_text_lengths", side_effect=OSError(errno.ENOSPC, "No space left on device")
-    ):
+    with patch.object(plot, "plot_text_lengths", side_effect=OSError(errno.ENOSPC, "No space left on device")):
         run = train(figures=True)
     assert run.status == 2 and "free space or change --output_folder" in run.stderr
     assert run.results["test_loss"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import attention_benchmark
+import compare_techniques
 import llm_train
 from utils import parse_settings
 
@@ -55,7 +56,7 @@ def test_every_command_names_a_script_and_flags_that_exist(command):
 
 
 def test_every_flag_in_the_readme_exists():
-    scripts = (llm_train, attention_benchmark)
+    scripts = (llm_train, attention_benchmark, compare_techniques)
     known = {field.name for script in scripts for field in dataclasses.fields(script.Settings)} | {"extra", "help"}
     assert set(re.findall(r"--(\w+)", README)) <= known
 

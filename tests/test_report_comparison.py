@@ -9,11 +9,8 @@ import pytest
 
 import report
 import report_comparison
+import report_techniques
 from report_comparison import (
-    ADOPTIONS,
-    Adoption,
-    adoption_table,
-    code_lines,
     comparison_tables,
     confounded_table,
     effects_table,
@@ -24,9 +21,9 @@ from report_comparison import (
     profile_table,
     quality_table,
     read_cases,
-    technique_table,
     time_table,
 )
+from report_techniques import ADOPTIONS, Adoption, adoption_table, code_lines, technique_table
 from utils import SettingsError
 
 COLUMNS = "step,phase,start_allocated_gib,peak_allocated_gib,end_allocated_gib,start_reserved_gib,peak_reserved_gib"
@@ -510,7 +507,7 @@ def test_adoption(outputs, tmp_path, monkeypatch):
         Adoption("d", "--d", (("technique.py", ("counted",)),), measured=("cross_entropy", "nowhere")),
     )
     (tmp_path / "technique.py").write_text(SOURCE)
-    monkeypatch.setattr(report_comparison, "ROOT", tmp_path)
+    monkeypatch.setattr(report_techniques, "ROOT", tmp_path)
     table = cells(adoption_table(outputs, adoptions=entries))
     assert table["a"] == ["`--a b`", "10 (`technique.py`)", "none", "no", "any", "within rounding"]
     assert table["c"] == ["`--c`", "1 (`technique.py`)", "pack", "yes", "8.0", "oom"]
