@@ -149,6 +149,7 @@ MAY_CHANGE_ON_RESUME = {
     "max_training_minutes",
     "checkpoint_every_minutes",
     "log_every",
+    "figures",
     "resume",
     "config",
 }
@@ -601,8 +602,8 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
         measured_steps=settings.measured_steps,
         done_steps=training.step,
     )
-    if settings.use_compile and training.compile_s is None and training.step < training.total_steps:
-        training.compile()
+    if settings.use_compile and not settings.adjust_batch_size and training.step < training.total_steps:
+        training.compile()  # after a search everything is compiled, and the time for it lies in the probes
     outcome = training.train(log)
     if outcome != "done" or settings.checkpoint_every_minutes:
         training.save(log)

@@ -137,10 +137,10 @@ def test_gpu_flash_attn_trains_the_same_model_as_eager(window):
 def test_checkpointing_gives_bitwise_equal_gradients(device, dropout, precision_name, backend):
     plain, checkpointed = (
         gradients(
-            small_model(device, dropout=dropout, attention_backend=backend, use_gradient_checkpointing=use),
+            small_model(device, dropout=dropout, attention_backend=backend, gradient_checkpointing=method),
             precision_name,
         )
-        for use in (False, True)
+        for method in ("none", "block")
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
 
@@ -156,7 +156,7 @@ def test_checkpointing_keeps_only_block_inputs():
     """Bytes that autograd keeps after the forward pass: one input a block instead of everything inside it."""
     kept = {}
     for use in (False, True):
-        model = small_model(use_gradient_checkpointing=use, num_layers=6)
+        model = small_model(gradient_checkpointing="block" if use else "none", num_layers=6)
         storages = {}
 
         def pack(tensor, storages=storages):
