@@ -343,9 +343,11 @@ def main() -> int:
     settings = parse_settings(Settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
-    settings.num_layers = settings.num_layers or (128 if on_gpu else 32)
-    settings.width = settings.width or (1024 if on_gpu else 256)
-    settings.break_even_layers = settings.break_even_layers or (settings.num_layers if on_gpu else 4)
+    defaults = {"num_layers": (32, 128), "width": (256, 1024)}
+    defaults["break_even_layers"] = (4, settings.num_layers or 128)
+    for name, values in defaults.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, values[on_gpu])
     if min(settings.num_layers, settings.break_even_layers, settings.batch_size, settings.repeats) < 1:
         raise SettingsError("--num_layers, --break_even_layers, --batch_size and --repeats must be at least 1")
     if settings.width < 64:
@@ -397,7 +399,7 @@ def main() -> int:
         if unsupported_reason(*variant, device) is not None:
             continue
         study.ask(
-            f"{words} save less than {SMALL:.0%} of the peak with weights {settings.width} x {settings.width}",
+            f"saving of {words}: less than {SMALL:.0%} of the peak with weights {settings.width} x {settings.width}",
             "tokens in a batch",
             lambda tokens, variant=variant: 1 - peak(variant, tokens) / peak(VARIANTS[0], tokens) < SMALL,
             [settings.width * 2**power // 4 for power in range(8)],

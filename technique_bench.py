@@ -177,7 +177,7 @@ class Study:
             "note": note,
         }
         if not self.rows:
-            heads = f"{'variant':<34}{'peak GiB':>10}{'saved':>9}{'formula':>9}{'ms':>10}{'time':>8}"
+            heads = f"{'variant':<37}{'peak GiB':>10}{'saved':>9}{'formula':>9}{'ms':>10}{'time':>9}"
             print(f"{heads}  {'result':<16}{'error':>9}")
         self.rows.append(row)
 
@@ -185,9 +185,9 @@ class Study:
             return "-" if value is None else format(value, style)
 
         print(
-            f"{variant:<34}{cost.status if cost.status != 'ok' else shown(cost.peak_gib, '.4f'):>10}"
+            f"{variant:<37}{cost.status if cost.status != 'ok' else shown(cost.peak_gib, '.4f'):>10}"
             f"{shown(row['saved_gib'], '+.4f'):>9}{shown(row['formula_saved_gib'], '+.4f'):>9}"
-            f"{shown(cost.ms, '.2f'):>10}{shown(row['extra_time'], '+.1%'):>8}  {exactness or '-':<16}"
+            f"{shown(cost.ms, '.2f'):>10}{shown(row['extra_time'], '+.1%'):>9}  {exactness or '-':<16}"
             f"{shown(error, '.1e'):>9}  {note}".rstrip()
         )
 

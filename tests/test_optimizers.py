@@ -600,3 +600,10 @@ def test_gpu_kernel_is_about_as_fast_as_fused_adamw(master):
     fused = milliseconds(torch.optim.AdamW(fused_parameters, fused=True), fused_parameters)
     ours = milliseconds(LowPrecisionAdamW(parameters, 1e-3, 0.1, master=master), parameters)
     assert ours < 1.5 * fused, (ours, fused)
+
+
+@pytest.mark.parametrize("flag", ["width", "num_layers", "break_even_layers", "batch_size", "repeats"])
+def test_main_refuses_zero(flag, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["optimizers.py", f"--{flag}", "0", "--output_folder", str(tmp_path)])
+    with pytest.raises(SettingsError, match=f"--{flag}"):
+        optimizers.main()
