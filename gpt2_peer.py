@@ -27,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import utils
+from attention import observe_kernel
 from batch_size import is_out_of_memory, use_expandable_segments
 from dataset import DATASET_NAMES, TextData, load_text_data
 from memory_tracker import MemoryTracker
@@ -108,6 +109,9 @@ def train(settings: Settings, shape: ModelConfig, data: TextData, device: torch.
     flops_per_token = utils.training_flops_per_token(
         count_matmul_parameters(model), shape.num_layers, shape.embedding_dim, context_length
     )
+    inputs, _ = split.batch(np.zeros(1, dtype=np.int64), context_length, device)
+    with torch.no_grad(), observe_kernel() as observer, autocast(settings.precision, device):
+        model(input_ids=inputs, use_cache=False)
     run.update(
         status="running",
         experiment=settings.experiment,
@@ -119,7 +123,7 @@ def train(settings: Settings, shape: ModelConfig, data: TextData, device: torch.
         batch_size=batch_size,
         model_size=settings.model_size,
         parameters=count_parameters(model),
-        attention_kernel="sdpa of transformers",
+        attention_kernel=observer.name,
         dataset=data.description,
         tokenizer=data.tokenizer,
     )
@@ -159,7 +163,8 @@ def train(settings: Settings, shape: ModelConfig, data: TextData, device: torch.
             fetch = time.perf_counter()
             inputs, targets = batch_of(step)
             data_ms = 1000 * (time.perf_counter() - fetch)
-            tracked = log.is_tracked(step)
+            # Without a GPU compiled code has no operators whose tensors could be counted.
+            tracked = log.is_tracked(step) and (device.type == "cuda" or not settings.use_compile)
             log.clock.start()
             with tracker.step(step) if tracked else nullcontext(), tracker.phase("training_step"):
                 with tracker.phase("forward_pass"), autocast(settings.precision, device):

@@ -717,10 +717,20 @@ def test_the_peer_leaves_a_run_folder_like_any_other(peer):
     assert results["epoch_minutes"] == pytest.approx(
         results["step_ms_median"] * (results["steps"] / results["epochs"]) / 60_000, rel=0.01, abs=1e-4
     )
+    assert info["attention_kernel"].startswith("aten._scaled_dot_product_")  # seen, not said
     phases = {line.split(",")[1] for line in (path / "memory.csv").read_text().splitlines()[1:]}
     assert phases == {"training_step", "forward_pass", "backward_pass", "optimizer_step"}
     losses = [json.loads(line)["loss"] for line in (path / "steps.jsonl").read_text().splitlines()]
     assert losses[0] == pytest.approx(math.log(300), abs=0.1) and losses[-1] < losses[0]
+
+
+def test_the_compiled_peer_counts_no_memory_on_a_cpu(peer):
+    """The counter would switch the compiler off, and the memory would be another program's."""
+    status, out, path = peer("compiled", use_compile="true")
+    assert status == 0, out
+    results = json.loads((path / "run.json").read_text())["results"]
+    assert results["compile_s"] > 0 and results["timed_steps"] == 2
+    assert results["peak_allocated_gib"] is None and not (path / "memory.csv").exists()
 
 
 def test_the_peers_figures_are_drawn_unless_they_are_not_wanted(peer):
