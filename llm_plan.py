@@ -102,6 +102,7 @@ def make_plan(settings: Any) -> Plan:
         attention_window=window,
         gradient_checkpointing="block" if settings.use_gradient_checkpointing else settings.gradient_checkpointing,
         checkpoint_every=settings.checkpoint_every,
+        gelu=settings.gelu,
     )
     if window != FULL and not (window[1] == 0 and 0 <= window[0] < model.context_length - 1):
         raise SettingsError(
@@ -276,6 +277,8 @@ def default_run_name(settings: Any, plan: Plan) -> str:
         parts.append(f"{plan.model.gradient_checkpointing}-checkpointing")
     if settings.loss != "full":
         parts.append(f"{settings.loss}-loss")
+    if settings.gelu != "plain":
+        parts.append(f"{settings.gelu}-gelu")
     if settings.use_compile:
         parts.append("compile")
     if settings.activation_memory_budget is not None:

@@ -6,9 +6,9 @@
     python llm_train.py --resume outputs/llm/RUN                               go on after an interruption
 
 Every technique is one flag, and one run changes one thing: --use_flash_attention, --attention_backend,
---attention_window, --precision (--use_fp16), --loss, --gradient_checkpointing, --optimizer, --optimizer_in_backward,
---parameters, --use_compile, --batch_size. A run leaves run.json, steps.jsonl, memory.csv and pictures in
-outputs/<experiment>/<run_name>/; the last line printed is one JSON object with the results.
+--attention_window, --precision (--use_fp16), --loss, --gelu, --gradient_checkpointing, --optimizer,
+--optimizer_in_backward, --parameters, --use_compile, --batch_size. A run leaves run.json, steps.jsonl, memory.csv and
+pictures in outputs/<experiment>/<run_name>/; the last line printed is one JSON object with the results.
 
 Perplexity follows the number of updates, and a larger batch makes fewer of them in an epoch: to compare the quality of
 two techniques keep --tokens_per_update and --max_steps equal.
@@ -36,6 +36,7 @@ from batch_size import Probe, find_batch_size, is_out_of_memory, set_memory_budg
 from checkpointing import METHODS, set_activation_memory_budget
 from cross_entropy import LOSSES, cross_entropy, linear_cross_entropy
 from dataset import DATASET_NAMES, DEFAULT_TOKENIZER, TextData, TokenSplit, load_text_data
+from fused_gelu import GELUS
 from llm_plan import Plan, check_corpus, default_run_name, make_plan
 from memory_tracker import MemoryTracker
 from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer
@@ -89,6 +90,7 @@ class Settings:
     use_fp16: bool = setting(False, "the plwiki lab's name for BF16 autocast; the same as --precision bf16")
     loss: str = setting("full", "full holds all logits, chunked some, fused is liger-kernel's chunked loss", LOSSES)
     loss_chunk_tokens: int | None = setting(None, "tokens whose logits live at a time (2048, or 1/8 batch)")
+    gelu: str = setting("plain", "fused: one kernel with bias and its gradient; recomputed: its output not kept", GELUS)
     use_gradient_checkpointing: bool = setting(False, "the same as --gradient_checkpointing block")
     gradient_checkpointing: str | None = setting(None, "what the blocks keep for the backward pass", METHODS)
     checkpoint_every: int | None = setting(None, "with every_k: checkpoint every k-th block (default: 2)")

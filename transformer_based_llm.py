@@ -17,6 +17,7 @@ from torch import nn
 from attention import packed_attention
 from attention_support import FULL
 from checkpointing import run_blocks
+from fused_gelu import mlp
 from utils import SettingsError, parse_settings, run_script, setting
 
 # layers, width, heads, context, vocabulary
@@ -66,6 +67,7 @@ class ModelConfig:
     attention_window: tuple[int, int] = FULL
     gradient_checkpointing: str = "none"
     checkpoint_every: int = 2  # which blocks every_k checkpoints
+    gelu: str = "plain"
 
     @property
     def head_dim(self) -> int:
@@ -123,13 +125,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.gelu = config.gelu
         self.expand = nn.Linear(config.embedding_dim, 4 * config.embedding_dim)
-        self.activation = nn.GELU()
         self.contract = nn.Linear(4 * config.embedding_dim, config.embedding_dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, width) -> (batch, tokens, width)"""
-        return self.contract(self.activation(self.expand(hidden_states)))
+        return mlp(hidden_states, self.expand, self.contract, self.gelu)
 
 
 class Block(nn.Module):

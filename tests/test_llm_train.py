@@ -1048,6 +1048,7 @@ EFFECTS = {  # field: (changes, what must be true of the base run and the change
 }
 ELSEWHERE = {
     "loss_chunk_tokens": "test_chunks_of_the_loss",
+    "gelu": "test_gelu",
     "gradient_checkpointing": "test_gradient_checkpointing",
     "checkpoint_every": "test_gradient_checkpointing",
     "use_compile": "test_compile",
@@ -1146,6 +1147,13 @@ def test_chunks_of_the_loss(train):
     small, large = (train(loss="chunked", loss_chunk_tokens=size) for size in (8, 256))
     assert close_losses(small, large) and small.peak("loss") < large.peak("loss")
     assert "chunked-loss" in small.path.name
+
+
+def test_gelu(train, base):
+    runs = {gelu: train(gelu=gelu) for gelu in ("fused", "recomputed")}
+    assert all(close_losses(base, run) for run in runs.values())
+    assert runs["recomputed"].peak("forward_pass") < base.peak("forward_pass")
+    assert [run.path.name for run in runs.values()] == [f"tiny-fp32-sdpa-{gelu}-gelu-batch-8" for gelu in runs]
 
 
 def test_compile(train, base):
