@@ -38,7 +38,7 @@ from technique_bench import Cost, Study, measure, relative_error
 from utils import GIB, SettingsError, parse_settings, run_script, setting
 
 GELUS = ("plain", "fused", "recomputed")
-ROWS, COLUMNS, STEP_ROWS, WARPS = 128, 256, 16, 4  # of a program: its rows, its columns, rows at a time, its warps
+ROWS, COLUMNS, STEP_ROWS, WARPS = 128, 512, 4, 4  # of a program: its rows, its columns, rows at a time, its warps
 
 
 @cache

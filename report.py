@@ -249,7 +249,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention long": long_table,
     "attention break-even": break_even_table,
     "attention overhead": overhead_table,
-    "comparison quality": COMPARISON_TABLES["comparison quality"],
+    **COMPARISON_TABLES,
 }
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -156,36 +156,37 @@ def peer_table(outputs: Path, prefix: str = "") -> str:
 
 
 def profile_table(outputs: Path, prefix: str = "") -> str:
-    """Where the time of a profiled step goes, beside the floor of its matrix products.
+    """Where the time of every profiled step goes, in ms and as a share, over the floor of its matrix products.
 
     Raises:
         SettingsError: no case has a profile.json.
     """
-    lines, sentences = [], []
-    for case in read_cases(outputs, f"{prefix}seed"):
-        path = case.folder / "profile.json"
-        if not path.is_file():
-            continue
-        profile = read_json(path)
-        floor = profile["matmul_floor_ms"]
-        for category in profile["categories"]:
-            own = floor if category["name"] == "matrix products" else None
-            share = f"{100 * category['share']:.1f} %"
-            lines.append([plain(case.name), plain(category["name"]), shown(category["ms"]), share, shown(own)])
-        together = sum(category["ms"] for category in profile["categories"])
-        lines.append([plain(case.name), "all of it, under the profiler", shown(together), "100 %", "-"])
-        lines.append([plain(case.name), "the step without the profiler", shown(profile["step_ms"]), "-", shown(floor)])
+    cases = [case for case in read_cases(outputs, f"{prefix}seed") if (case.folder / "profile.json").is_file()]
+    if not cases:
+        raise SettingsError(
+            f"no case of {place(outputs / f'{prefix}seed')} has a profile.json; profile a compiled case"
+        )
+    profiles = [read_json(case.folder / "profile.json") for case in cases]
+    parts = [{part["name"]: part for part in profile["categories"]} for profile in profiles]
+    lines = []
+    for name in dict.fromkeys(name for own in parts for name in own):
+        found = [own.get(name) for own in parts]
+        words = ["-" if part is None else f"{shown(part['ms'])} ({100 * part['share']:.1f} %)" for part in found]
+        lines.append([plain(name), *words])
+        if name == "matrix products":
+            lines.append(["their floor: each alone on this card", *(shown(p["matmul_floor_ms"]) for p in profiles)])
+    together = [shown(sum(part["ms"] for part in own.values())) for own in parts]
+    lines.append(["all of it, under the profiler", *together])
+    lines.append(["the step without the profiler", *(shown(profile["step_ms"]) for profile in profiles)])
+    sentences = []
+    for case, profile in zip(cases, profiles, strict=True):
         rates = ", ".join(f"{rate['shape']} at {rate['tflops']:,.0f}" for rate in profile["matmul_rates"])
         sentences.append(
             f"{plain(case.name)}: mean of {profile['steps']} steps; {shown(profile['matmul_tflop'])} TFLOP of matrix "
             f"products, at the measured TFLOP/s of their shapes ({rates or 'none measured'}) the floor."
         )
-    if not lines:
-        raise SettingsError(
-            f"no case of {place(outputs / f'{prefix}seed')} has a profile.json; profile a compiled case"
-        )
-    header = ["case", "time goes to", "ms a step", "share", "floor, ms"]
-    return "\n\n".join([markdown(header, lines), *sentences])
+    table = markdown(["ms a step (share)", *(plain(case.name) for case in cases)], lines)
+    return "\n\n".join([table, *sentences])
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -216,4 +216,4 @@ def test_gpu_recomputed_saves_what_the_formula_says():
             model.zero_grad()
     saved = (count - 1) * tokens * 4 * width * 2
     assert peaks["plain"] - peaks["recomputed"] == pytest.approx(saved, rel=0.1)
-    assert peaks["fused"] == pytest.approx(peaks["plain"], rel=0.05)
+    assert peaks["fused"] <= 1.01 * peaks["plain"]

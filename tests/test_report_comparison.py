@@ -359,13 +359,13 @@ def test_peer(outputs, tmp_path):
 
 def test_profile(outputs, tmp_path):
     text = profile_table(outputs)
-    lines = text.split("\n\n")[0].splitlines()[2:]
-    assert lines[0] == "| everything-batch-125 | matrix products | 31.0 | 45.3 % | 30.8 |"
-    assert lines[1] == "| everything-batch-125 | attention | 5.00 | 7.3 % | - |"
-    assert (
-        lines[-2] == "| everything-batch-125 | all of it, under the profiler | 68.4 | 100 % | - |" and len(lines) == 9
-    )
-    assert lines[-1] == "| everything-batch-125 | the step without the profiler | 66.2 | - | 30.8 |"
+    lines = text.split("\n\n")[0].splitlines()
+    assert lines[0] == "| ms a step (share) | everything-batch-125 |"
+    assert lines[2] == "| matrix products | 31.0 (45.3 %) |"
+    assert lines[3] == "| their floor: each alone on this card | 30.8 |"
+    assert lines[4] == "| attention | 5.00 (7.3 %) |"
+    assert lines[-2] == "| all of it, under the profiler | 68.4 |" and len(lines) == 12
+    assert lines[-1] == "| the step without the profiler | 66.2 |"
     assert "5 steps" in text and "21.9 TFLOP" in text and "32000 x 768 x 2304 at 616" in text
     (make_seed(tmp_path) / "everything-batch-125" / "profile.json").unlink()
     with pytest.raises(SettingsError, match=r"no case .* profile\.json"):
