@@ -153,6 +153,7 @@ def softmax_gradient_for_compile(logits: torch.Tensor, targets: torch.Tensor) ->
     return log_sums - picked
 
 
+SCALE_ELEMENTS = 2**22  # that are scaled at a time
 BLOCK, WARPS = 16384, 16  # columns that a program of the kernel holds at a time, and its warps
 
 
@@ -220,10 +221,14 @@ def triton_scale() -> Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.
 
 
 def scale(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """values * factor, in place where the dtype stays."""
-    if values.dtype == dtype:
+    """values * factor, rounded once, in place where the dtype stays."""
+    if values.dtype != dtype:
+        return torch.mul(values, factor, out=torch.empty_like(values, dtype=dtype))
+    if dtype == torch.float32:
         return values.mul_(factor)
-    return torch.mul(values, factor, out=torch.empty_like(values, dtype=dtype))
+    for part in values.view(-1).split(SCALE_ELEMENTS):  # mul_ would first round a factor on the GPU to 16 bits
+        part.copy_(part.float().mul_(factor))
+    return values
 
 
 @cache

@@ -11,9 +11,9 @@ that is the gradient of the bias.
 
 plain       nn.GELU; the reference.
 fused       one kernel forward; one backward, which sums the bias's gradient while it makes GELU's. Keeps the same.
-recomputed  fused, and the backward pass makes GELU's output again, for one more write: 8 x width bytes a token and block
-            less in 16 bits (16 in fp32). The block at work has it, beside two gradients of its size: where the peak is
-            there and not in the loss, two blocks' worth less is saved.
+recomputed  fused, and the backward pass makes GELU's output again, for one more write: 8 x width bytes a token and
+            block less in 16 bits (16 in fp32). The block at work has it, beside two gradients of its size: where the
+            peak is there and not in the loss, two blocks' worth less is saved.
 
 The result is the plain one within rounding. In 16 bits Phi comes from a polynomial with an absolute error below 1e-7
 that shares its exponential with the derivative (the exact erf is what makes the plain kernel slower than its memory

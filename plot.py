@@ -186,6 +186,7 @@ def new_figure(title: str, subtitle: str, panels: int = 1, height: float = HEIGH
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout="constrained")
     glued = subtitle.replace(" ", "\u00a0").replace("\u00a0|\u00a0", " | ")  # so that lines break at a | only
     lines = [*textwrap.wrap(title, 130), *textwrap.wrap(glued, 130, break_on_hyphens=False)]
+    lines = [line.strip(" |") for line in lines]
     figure.suptitle("\n".join(lines).replace("\u00a0", " "), fontsize=10.5, x=0.01, ha="left")
     axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
     for ax in axes:

@@ -272,15 +272,15 @@ def speed_figure(cases: Sequence[Case]) -> Figure:
         line = "steps-post"
         ax.plot(*zip(*members, strict=True), color=BLUE, drawstyle=line, linewidth=1.4, label="Pareto front", zorder=1)
     for words, chosen, style in [
-        ("on the front", front, {"marker": "o", "color": BLUE}),
-        ("behind it", [i for i in range(len(points)) if i not in front], {"marker": "o", "color": GREY}),
-        (f"{tables.PEER}, the peer", peers, {"marker": "*", "color": ORANGE}),
+        ("on the front", front, {"marker": "o", "color": BLUE, "zorder": 4}),  # on a point of the same place
+        ("behind it", [i for i in range(len(points)) if i not in front], {"marker": "o", "color": GREY, "zorder": 3}),
+        (f"{tables.PEER}, the peer", peers, {"marker": "*", "color": ORANGE, "zorder": 5}),
     ]:
         places = [i for i in chosen if i not in peers or style["marker"] == "*"]
         if places:
             size = 15 if style["marker"] == "*" else 7
             xs, ys = zip(*(points[i] for i in places), strict=True)
-            ax.plot(xs, ys, linestyle="none", markersize=size, markeredgecolor="white", label=words, zorder=3, **style)
+            ax.plot(xs, ys, linestyle="none", markersize=size, markeredgecolor="white", label=words, **style)
     for case in shown_cases:
         if not case.ok:  # no place in the plane
             ax.plot([], [], label=f"{case.name}: {case.status}", **CROSS)
@@ -451,7 +451,7 @@ def max_batch_figure(cases: Sequence[Case]) -> Figure:
     searched = sum(case.status in ("ok", "oom") for case in cases)
     facts += [f"n = {searched} searches", "hollow: where growing by a quarter alone ends"]
     subtitle = " | ".join(facts)
-    figure, (ax,) = new_figure("Largest batch that trains", subtitle, 1, 6.8)
+    figure, (ax,) = new_figure("Largest batch that the search found", subtitle, 1, 6.8)
     budgets = sorted({budget for own in answers.values() for budget in own})
     sizes = [answer.size for own in answers.values() for answer in own.values() if answer.size]
     sizes += [answer.grid for own in answers.values() for answer in own.values() if answer.grid]

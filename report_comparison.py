@@ -156,7 +156,7 @@ def peer_table(outputs: Path, prefix: str = "") -> str:
 
 
 def profile_table(outputs: Path, prefix: str = "") -> str:
-    """Where the time of every profiled step goes, in ms and as a share, over the floor of its matrix products.
+    """Where the time of every profiled step goes, in ms and as a share, beside the floor of its matrix products.
 
     Raises:
         SettingsError: no case has a profile.json.
@@ -180,10 +180,11 @@ def profile_table(outputs: Path, prefix: str = "") -> str:
     lines.append(["the step without the profiler", *(shown(profile["step_ms"]) for profile in profiles)])
     sentences = []
     for case, profile in zip(cases, profiles, strict=True):
-        rates = ", ".join(f"{rate['shape']} at {rate['tflops']:,.0f}" for rate in profile["matmul_rates"])
+        rates = [rate["tflops"] for rate in profile["matmul_rates"]]
+        measured = f"{min(rates):,.0f} to {max(rates):,.0f}" if rates else "none measured"
         sentences.append(
             f"{plain(case.name)}: mean of {profile['steps']} steps; {shown(profile['matmul_tflop'])} TFLOP of matrix "
-            f"products, at the measured TFLOP/s of their shapes ({rates or 'none measured'}) the floor."
+            f"products, at the measured TFLOP/s of their {len(rates)} shapes ({measured}) the floor."
         )
     table = markdown(["ms a step (share)", *(plain(case.name) for case in cases)], lines)
     return "\n\n".join([table, *sentences])

@@ -30,6 +30,32 @@ def test_checkpointing_changed_no_loss():
     assert len(plain) == 326 and plain == checkpointed
 
 
+def seed_results(name: str) -> dict:
+    """What outputs/seed says about a case at batch 125."""
+    return json.loads((ROOT / "outputs" / "seed" / f"{name}-batch-125" / "run.json").read_text())["results"]
+
+
+def test_what_the_readme_says_about_the_comparison():
+    """Sentences beside the generated tables."""
+    names = ("everything-fast", "everything-small", "hf-gpt2-compiled", "flash-compile-checkpointing-chunked-loss")
+    fast, small, peer, plain = map(seed_results, names)
+    for case, sentence in (
+        (fast, "`--gelu fused`) trains {tokens_per_s:,.0f} tokens/s in {peak_allocated_gib:.1f} GiB"),
+        (peer, "GPT-2 of transformers on the same card {tokens_per_s:,.0f} in {peak_allocated_gib:.1f}"),
+        (small, "trains {tokens_per_s:,.0f} in {peak_allocated_gib:.1f} GiB (`everything-small`)"),
+        (plain, "{tokens_per_s:,.0f} in {peak_allocated_gib:.1f} with"),
+    ):
+        assert sentence.format(**case) in README
+    assert fast["tokens_per_s"] >= 1.2 * peer["tokens_per_s"]
+    assert fast["peak_allocated_gib"] <= peer["peak_allocated_gib"]
+    assert small["tokens_per_s"] >= 450_000 and small["peak_allocated_gib"] <= 5
+    cases = json.loads((ROOT / "outputs" / "max_batch" / "comparison.json").read_text())["cases"]
+    trained = [case for case in cases if case["status"] == "ok"]
+    assert f"{len(trained)} of the {len(cases)} answers trained" in README
+    largest = next(case["batch_size"] for case in trained if case["name"] == "everything-45-gib")
+    assert largest >= 2000 and f"`everything` trains {largest:,} sequences at once" in README
+
+
 def test_every_link_to_a_file_leads_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)]+(?:\([^)]*\)[^)]*)?)\)", README):
         assert (ROOT / target).exists(), target

@@ -366,7 +366,7 @@ def test_profile(outputs, tmp_path):
     assert lines[4] == "| attention | 5.00 (7.3 %) |"
     assert lines[-2] == "| all of it, under the profiler | 68.4 |" and len(lines) == 12
     assert lines[-1] == "| the step without the profiler | 66.2 |"
-    assert "5 steps" in text and "21.9 TFLOP" in text and "32000 x 768 x 2304 at 616" in text
+    assert "5 steps" in text and "21.9 TFLOP" in text and "of their 1 shapes (616 to 616)" in text
     (make_seed(tmp_path) / "everything-batch-125" / "profile.json").unlink()
     with pytest.raises(SettingsError, match=r"no case .* profile\.json"):
         profile_table(tmp_path)
