@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from precision import AUTOCAST_DTYPES, autocast, set_precision
-from technique_bench import Cost, Study, measure, relative_error
+from technique_bench import Cost, Study, compare, measure
 from utils import GIB, SettingsError, parse_settings, run_script, setting
 
 LOSSES = ("full", "chunked", "fused")
@@ -258,7 +258,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         head = weight.to(dtype)
         with_gradients = need_hidden or need_weight
         total = torch.zeros((), dtype=torch.float32 if with_gradients else torch.float64, device=weight.device)
-        grad_hidden = torch.empty_like(hidden_states) if need_hidden else None
+        grad_hidden = None
+        if need_hidden:
+            grad_hidden = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         grad_weight = None  # summed in fp32 over the chunks, whatever the parameters are
         for begin in range(0, len(hidden_states), chunk_tokens):
             rows = slice(begin, begin + chunk_tokens)
@@ -446,26 +448,26 @@ def main() -> int:
 
     exact = Problem(*sizes, "fp32", device).result(found["full"])
     full = [tensor.clone() for tensor in problem.result(found["full"])]
-    bound = 2 * relative_error(full, exact) + 1e-5  # twice the error of plain PyTorch in this precision
     wrong = []
     formula = bytes_at_peak("full", *sizes, settings.chunk_tokens, half)
     for name, function in found.items():
-        own = problem.result(function)
-        error = relative_error(own, exact)
-        same = all(torch.equal(a, b) for a, b in zip(own, full, strict=True))
-        del own
+        exactness, error = compare(problem.result(function), full, exact)
         chunk = settings.chunk_tokens * (4 if f"{4 * settings.chunk_tokens:,}" in name else 1)
         saved = None
         if name.startswith("chunked"):
             saved = (formula - bytes_at_peak("chunked", *sizes, chunk, half)) / GIB
-        if error > bound and name.startswith(("chunked", "fused")):  # what the trainer uses; the rest is for comparison
+        if exactness == "changed" and name.startswith(
+            ("chunked", "fused")
+        ):  # what the trainer uses; the rest is for comparison
             wrong.append(name)
-        exactness = "bitwise" if same else "within rounding" if error <= bound else "changed"
         cost = problem.cost(function, settings.repeats, compiled="compiled" in name)
         if name == "full":
             study.add(name, cost, error=error)
         else:
-            study.add(name, cost, baseline="full", exactness=exactness, error=error, formula_saved_gib=saved)
+            compiled = "compiled" in name and name != "full, compiled"
+            base = "full, compiled" if compiled else "full"
+            saved = None if compiled else saved  # the formula of `full` is not that of the compiled one
+            study.add(name, cost, baseline=base, exactness=exactness, error=error, formula_saved_gib=saved)
     peak_and_time = {}
 
     def costs(tokens: int, vocab_size: int) -> list[Cost]:

@@ -256,8 +256,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(front, key=lambda place: points[place])
 
 
+CONTROLS = ("fp32-baseline", "flash-attention-adamw", "baseline")  # what the others are held against
+
+
 def speed_figure(cases: Sequence[Case]) -> Figure:
-    """Peak GiB against tokens/s of the cases with the usual batch; the Pareto front is a line and named."""
+    """Peak GiB against tokens/s of the cases with the usual batch; the Pareto front is a line."""
     usual = Counter(case.batch for case in cases if case.batch).most_common(1)[0][0]
     shown_cases = [case for case in cases if case.batch in (usual, None)]  # None: it failed before it had a batch
     good = [case for case in shown_cases if case.ok and case.result("peak_allocated_gib") is not None]
@@ -291,21 +294,22 @@ def speed_figure(cases: Sequence[Case]) -> Figure:
         highest, fastest = (max(values) for values in zip(*points, strict=True))
         ax.set(xlim=(0, 1.12 * highest), ylim=(0, 1.12 * fastest))
     legend_below(figure, 3)
-    named = list(dict.fromkeys([*front, *peers]))
+    controls = [place for place, case in enumerate(good) if case.name.startswith(CONTROLS)]
+    named = list(dict.fromkeys([*front, *peers, *controls]))
     corners = [corner for one, other in itertools.pairwise(members) for corner in (one, (other[0], one[1]))]
     place_labels(ax, [points[i] for i in named], [good[i].name for i in named], points, [*corners, *members[-1:]])
     return figure
 
 
 def profile_figure(cases: Sequence[Case]) -> Figure | None:
-    """Where a profiled step's time goes, over the floor of its matrix products; None if nothing was profiled."""
+    """Where a profiled step's time goes, over its matrix products alone; None if nothing was profiled."""
     profiled = [case for case in cases if (case.folder / "profile.json").is_file()]
     if not profiled:
         return None
     profiles = [read_json(case.folder / "profile.json") for case in profiled]
-    names = [name for case in profiled for name in (case.name, "floor of its matrix products")]
+    names = [name for case in profiled for name in (case.name, "its matrix products alone")]
     steps = ", ".join(dict.fromkeys(str(profile["steps"]) for profile in profiles))
-    subtitle = f"{words_of(profiled, '', '')} | n = {steps} profiled steps, mean | floor: FLOP of the matrix products"
+    subtitle = f"{words_of(profiled, '', '')} | n = {steps} profiled steps, mean | alone: FLOP of the matrix products"
     subtitle += " over the rates measured for their shapes"
     figure, (ax,) = rows_figure("Where the time of a training step goes", subtitle, names, row=0.4)
     categories = list(dict.fromkeys(part["name"] for profile in profiles for part in profile["categories"]))
@@ -450,6 +454,8 @@ def max_batch_figure(cases: Sequence[Case]) -> Figure:
     facts = [fact for fact in words_of(cases, "", "").split(" | ") if not fact.startswith("batch ")]
     searched = sum(case.status in ("ok", "oom") for case in cases)
     facts += [f"n = {searched} searches", "hollow: where growing by a quarter alone ends"]
+    ended = dict.fromkeys(answer.later for own in answers.values() for answer in own.values() if answer.later)
+    facts += [f"cross on a point: the training after the search ended with {' or '.join(ended)}"] if ended else []
     subtitle = " | ".join(facts)
     figure, (ax,) = new_figure("Largest batch that the search found", subtitle, 1, 6.8)
     budgets = sorted({budget for own in answers.values() for budget in own})
@@ -464,15 +470,14 @@ def max_batch_figure(cases: Sequence[Case]) -> Figure:
             ax.plot(xs, ys, color=colour, marker=marker, linewidth=1.5, markersize=6.5, zorder=3)
             ends.append((xs[-1], ys[-1]))
             names.append((name, colour))
+        fell = [(budget, answer.size) for budget, answer in found if answer.later]
+        if fell:
+            ax.plot(*zip(*fell, strict=True), zorder=5, **CROSS)
         grid = [(budget, answer.grid) for budget, answer in found if answer.grid]
         if grid:
             style = {"markerfacecolor": "none", "markeredgecolor": colour, "markersize": 10, "linestyle": "none"}
             ax.plot(*zip(*grid, strict=True), marker=marker, zorder=2, **style)
-        crosses = {
-            budget: answer.status if answer.size is None else f"{answer.later} in training"
-            for budget, answer in sorted(own.items())
-            if answer.size is None or answer.later
-        }
+        crosses = {budget: answer.status for budget, answer in sorted(own.items()) if answer.size is None}
         if crosses:  # a row of crosses for each configuration, its words behind the last of them
             level, down = 0.025 + 0.042 * rows, ax.get_xaxis_transform()
             rows += 1

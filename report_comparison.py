@@ -174,17 +174,17 @@ def profile_table(outputs: Path, prefix: str = "") -> str:
         words = ["-" if part is None else f"{shown(part['ms'])} ({100 * part['share']:.1f} %)" for part in found]
         lines.append([plain(name), *words])
         if name == "matrix products":
-            lines.append(["their floor: each alone on this card", *(shown(p["matmul_floor_ms"]) for p in profiles)])
-    together = [shown(sum(part["ms"] for part in own.values())) for own in parts]
-    lines.append(["all of it, under the profiler", *together])
-    lines.append(["the step without the profiler", *(shown(profile["step_ms"]) for profile in profiles)])
+            lines.append(
+                ["the same products, each alone on this card", *(shown(p["matmul_floor_ms"]) for p in profiles)]
+            )
+    lines.append(["the step, timed without the profiler", *(shown(profile["step_ms"]) for profile in profiles)])
     sentences = []
     for case, profile in zip(cases, profiles, strict=True):
         rates = [rate["tflops"] for rate in profile["matmul_rates"]]
         measured = f"{min(rates):,.0f} to {max(rates):,.0f}" if rates else "none measured"
         sentences.append(
             f"{plain(case.name)}: mean of {profile['steps']} steps; {shown(profile['matmul_tflop'])} TFLOP of matrix "
-            f"products, at the measured TFLOP/s of their {len(rates)} shapes ({measured}) the floor."
+            f"products, {len(rates)} shapes at {measured} TFLOP/s alone. Idle is the step minus the time with a kernel."
         )
     table = markdown(["ms a step (share)", *(plain(case.name) for case in cases)], lines)
     return "\n\n".join([table, *sentences])

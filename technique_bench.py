@@ -240,6 +240,21 @@ def relative_error(values: Sequence[torch.Tensor], reference: Sequence[torch.Ten
     return worst
 
 
+def compare(
+    values: Sequence[torch.Tensor], plain: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
+) -> tuple[str, float]:
+    """How exact results are beside those of plain PyTorch in the same precision.
+
+    Returns:
+        bitwise (equal to `plain`), within rounding (no more than twice the error of `plain`) or changed; and
+        `relative_error` from `exact`.
+    """
+    error = relative_error(values, exact)
+    if all(torch.equal(value, other) for value, other in zip(values, plain, strict=True)):
+        return "bitwise", error
+    return "within rounding" if error <= 2 * relative_error(plain, exact) + 1e-5 else "changed", error
+
+
 def main() -> int:
     """Measure a step that allocates 64 MiB and takes 20 ms."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

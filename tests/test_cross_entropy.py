@@ -172,6 +172,16 @@ def test_add_product_sums_16_bit_products():
     assert torch.equal(add_product(None, left, right), (left @ right).float())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_hidden_states_that_are_not_contiguous(precision):
+    hidden, weight, targets = tensors(dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    turned = hidden.detach().T.contiguous().T.requires_grad_()
+    weight = weight.detach().to(turned.dtype).requires_grad_()
+    own = result("chunked", turned, weight, targets, precision, chunk_tokens=5)
+    assert not turned.is_contiguous()
+    assert relative_error(own, exact(turned, weight, targets)) < (2e-6 if precision == "fp32" else 2e-2)
+
+
 def test_refusals(monkeypatch):
     assert [unsupported_reason(loss, CPU) is None for loss in LOSSES] == [True, True, False]
     hidden, weight, targets = tensors()

@@ -1,6 +1,10 @@
 """The MLP with fused or recomputed GELU: values and gradients of the plain one, bytes as the formula says."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from technique_bench import relative_error
 from transformer_based_llm import TransformerLM, model_config
 from utils import GIB, SettingsError
 
+ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -129,6 +134,45 @@ def test_model_with_checkpointing(method, gelu):
         model(ids).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert relative_error(gradients[1], gradients[0]) < 2e-6
+
+
+@pytest.mark.parametrize("gelu", GELUS)
+def test_nothing_in_the_batch(gelu):
+    pair, hidden = layers(), hidden_states(shape=(0, 7))
+    assert mlp(hidden, *pair, gelu).shape == (0, 7, 24)
+
+
+INTERPRETED = """
+import torch, fused_gelu
+forward, backward = fused_gelu.triton_kernels()
+
+def inside(function, name):  # what the function found around it; the interpreter looks among the module's names only
+    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
+
+fused_gelu.normal_cdf = inside(inside(forward, "bias_gelu_kernel").fn, "normal_cdf")
+for dtype in (torch.float32, torch.bfloat16):
+    for count, width in ((130, 520), (5, 1030)):
+        values, gradient = torch.randn(2, count, width).to(dtype).unbind()
+        bias = torch.randn(width)
+        result, slope, again = (torch.full_like(values, torch.nan) for _ in range(3))
+        forward(values, bias, result)
+        sums = backward(gradient, values, bias, slope, again)
+        x = (values.double() + bias.double()).requires_grad_()
+        truth = torch.nn.functional.gelu(x)
+        truth.backward(gradient.double())
+        unit = torch.finfo(dtype).eps
+        for own, right in ((result, truth), (again, truth), (slope, x.grad), (sums, x.grad.sum(0))):
+            assert torch.allclose(own.double(), right, rtol=4 * unit, atol=2e-5), (dtype, count, width)
+"""
+
+
+def test_kernels_in_tritons_interpreter():
+    """The kernels themselves without a GPU: rows and columns that fill no block, several programs."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    words = [sys.executable, "-c", INTERPRETED]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unknown_gelu():

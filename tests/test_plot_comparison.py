@@ -188,7 +188,7 @@ def test_memory_against_speed(outputs):
     behind = {tuple(point) for point in lines["behind it"].get_xydata()}
     assert behind == set(speed.values()) - set(front)  # neither the batch of 195
     names = [text.get_text() for text in ax.texts if text.get_text()]
-    assert names == ["everything-batch-125", "hf-gpt2-compiled-batch-125"]
+    assert names == ["everything-batch-125", "hf-gpt2-compiled-batch-125", "fp32-baseline-batch-125"]
     assert {"fp8-batch-125: unsupported", "fused-loss-batch-125: error"} <= set(words_in(figure))
     assert len(crosses(figure)) == 2  # the third failed at another batch
     assert_no_overlap(figure)
@@ -284,8 +284,11 @@ def test_largest_batches(outputs):
     assert hollow == [[[24, 64]], [[24, 125]], [[8, 80], [24, 4096]]]
     assert sorted(budget for line in crosses(figure) for budget in line.get_xdata()) == [8, 8, 24]
     words = set(words_in(figure))
-    for expected in ("fp32-baseline: oom (8 GiB)", "flash-chunked-loss: oom in training (", "fp8: unsupported ("):
+    for expected in ("fp32-baseline: oom (8 GiB)", "fp8: unsupported ("):
         assert any(text.startswith(expected) for text in words), expected
+    on_points = [line.get_xydata().tolist() for line in crosses(figure) if line.get_transform() == ax.transData]
+    assert len(on_points) == 1 and on_points[0][0] in found[2]
+    assert "the training after the search ended with oom" in figure.get_suptitle()
     assert "flash" in words and "(GiB)" in ax.get_xlabel()
     assert ax.get_yscale() == "log"
     assert_no_overlap(figure)

@@ -362,11 +362,11 @@ def test_profile(outputs, tmp_path):
     lines = text.split("\n\n")[0].splitlines()
     assert lines[0] == "| ms a step (share) | everything-batch-125 |"
     assert lines[2] == "| matrix products | 31.0 (45.3 %) |"
-    assert lines[3] == "| their floor: each alone on this card | 30.8 |"
+    assert lines[3] == "| the same products, each alone on this card | 30.8 |"
     assert lines[4] == "| attention | 5.00 (7.3 %) |"
-    assert lines[-2] == "| all of it, under the profiler | 68.4 |" and len(lines) == 12
-    assert lines[-1] == "| the step without the profiler | 66.2 |"
-    assert "5 steps" in text and "21.9 TFLOP" in text and "of their 1 shapes (616 to 616)" in text
+    assert lines[-2] == "| idle | 3.00 (4.4 %) |" and len(lines) == 11
+    assert lines[-1] == "| the step, timed without the profiler | 66.2 |"
+    assert "5 steps" in text and "21.9 TFLOP" in text and "1 shapes at 616 to 616 TFLOP/s alone" in text
     (make_seed(tmp_path) / "everything-batch-125" / "profile.json").unlink()
     with pytest.raises(SettingsError, match=r"no case .* profile\.json"):
         profile_table(tmp_path)

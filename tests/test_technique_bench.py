@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import technique_bench
-from technique_bench import Cost, Study, find_break_even, measure, relative_error
+from technique_bench import Cost, Study, compare, find_break_even, measure, relative_error
 from utils import GIB, SettingsError
 
 CPU = torch.device("cpu")
@@ -109,3 +109,12 @@ def test_relative_error_is_the_largest():
 def test_main(capsys):
     assert technique_bench.main() == 0
     assert "64.00 MiB seen, 64 expected" in capsys.readouterr().out
+
+
+def test_compare():
+    exact = [torch.tensor([1.0, 2.0])]
+    plain = [torch.tensor([1.0, 2.1])]  # error 0.1 / sqrt(5)
+    assert compare(plain, plain, exact) == ("bitwise", pytest.approx(0.1 / 5**0.5))
+    assert compare([torch.tensor([1.0, 2.19])], plain, exact)[0] == "within rounding"
+    assert compare([torch.tensor([1.0, 2.21])], plain, exact)[0] == "changed"
+    assert compare([torch.tensor([1.0, float("nan")])], plain, exact) == ("changed", float("inf"))
