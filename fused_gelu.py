@@ -16,10 +16,9 @@ recomputed  fused, and the backward pass makes GELU's output again, for one more
             peak is there and not in the loss, two blocks' worth less is saved.
 
 The result is the plain one within rounding. In 16 bits Phi comes from a polynomial with an absolute error below 3e-7
-that shares its exponential with the derivative (the exact erf is what makes the plain kernel slower than its memory
-traffic); in fp32 it is erf itself. The kernels are Triton; without a GPU PyTorch's operators compute the same, one
-after the other: that takes more time. It does not help where the products take nearly all the time (wide models);
-recomputed saves little beside blocks that are checkpointed as a whole.
+that shares its exponential with the derivative; in fp32 it is erf itself. The kernels are Triton; without a GPU
+PyTorch's operators compute the same, one after the other: that takes more time. It does not help where the products
+take nearly all the time (wide models); recomputed saves little beside blocks that are checkpointed as a whole.
 
 Source of the polynomial: Abramowitz and Stegun 1964, Handbook of Mathematical Functions, 7.1.26. Recomputing cheap
 operators only: Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models, 2205.05198.

@@ -12,6 +12,7 @@ import torch
 import attention_benchmark
 import compare_techniques
 import llm_train
+import report_comparison
 from utils import parse_settings
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def test_every_command_names_a_script_and_flags_that_exist(command):
 
 
 def test_every_flag_in_the_readme_exists():
-    scripts = (llm_train, attention_benchmark, compare_techniques)
+    scripts = (llm_train, attention_benchmark, compare_techniques, report_comparison)
     known = {field.name for script in scripts for field in dataclasses.fields(script.Settings)} | {"extra", "help"}
     assert set(re.findall(r"--(\w+)", README)) <= known
 
