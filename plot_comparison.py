@@ -284,11 +284,13 @@ def speed_figure(cases: Sequence[Case]) -> Figure:
             size = 15 if style["marker"] == "*" else 7
             xs, ys = zip(*(points[i] for i in places), strict=True)
             ax.plot(xs, ys, linestyle="none", markersize=size, markeredgecolor="white", label=words, **style)
-    for case in shown_cases:
-        if not case.ok:  # no place in the plane
-            ax.plot([], [], label=f"{case.name}: {case.status}", **CROSS)
-        elif case not in good:
-            ax.plot([], [], "o", color="none", label=f"{case.name}: {NOT_TRACKED}")
+    for words, style in (  # no place in the plane
+        ({case.name: case.status for case in shown_cases if not case.ok}, CROSS),
+        ({case.name: NOT_TRACKED for case in shown_cases if case.ok and case not in good}, {"color": "none"}),
+    ):
+        many = [f"{count} case{'s' * (count > 1)}: {word}" for word, count in Counter(words.values()).items()]
+        for label in [f"{name}: {word}" for name, word in words.items()] if len(words) <= 4 else many:
+            ax.plot([], [], label=label, **style)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if points:
         highest, fastest = (max(values) for values in zip(*points, strict=True))

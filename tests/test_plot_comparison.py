@@ -28,7 +28,7 @@ from test_report_comparison import (
 import plot
 import plot_comparison
 from plot_comparison import RED, figures_of, memory_segments, pareto_front, place_labels
-from report_comparison import read_cases
+from report_comparison import Case, read_cases
 from utils import SettingsError
 
 FILES = {
@@ -192,6 +192,15 @@ def test_memory_against_speed(outputs):
     assert {"fp8-batch-125: unsupported", "fused-loss-batch-125: error"} <= set(words_in(figure))
     assert len(crosses(figure)) == 2  # the third failed at another batch
     assert_no_overlap(figure)
+
+
+def test_many_cases_without_a_place_are_counted(outputs):
+    """A name each would leave the axes no room."""
+    cases = read_cases(outputs, "seed")
+    cases += [Case(f"offload-{i}", {"batch_size": "125"}, "unsupported", Path(), {}) for i in range(8)]
+    words = words_in(plot_comparison.speed_figure(cases))
+    assert "9 cases: unsupported" in words and "1 case: error" in words
+    assert not any("offload" in text for text in words)
 
 
 def test_many_crowded_names_do_not_overlap():
