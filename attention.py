@@ -46,10 +46,9 @@ from attention_support import (
     unsupported_reason,
     window_refusal,
 )
-from batch_size import is_out_of_memory
 from memory_tracker import MemoryTracker
 from run_folder import StepClock
-from utils import SettingsError, device_name, parse_settings, percentile, run_script, setting
+from utils import SettingsError, device_name, is_out_of_memory, parse_settings, percentile, run_script, setting
 
 # --------------------------------------------------------------------------------------------------------------------
 # One definition of causal and window

@@ -35,9 +35,8 @@ from tqdm import tqdm
 
 from attention import DTYPES, attention, observe_kernel, packed_attention, score_bias, sequence_starts, visible_keys
 from attention_support import FULL, choose_backend, unsupported_reason
-from batch_size import is_out_of_memory
 from memory_tracker import MemoryTracker
-from utils import SettingsError, percentile
+from utils import SettingsError, is_out_of_memory, percentile
 
 TENSORS = ("output", "dq", "dk", "dv")
 DIRECTIONS = ("forward", "backward", "forward_backward")

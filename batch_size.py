@@ -30,7 +30,7 @@ from torch import nn
 
 from memory_tracker import LiveTensorCounter
 from training_state import capture, restore
-from utils import GIB, SettingsError, parse_settings, run_script, setting
+from utils import GIB, SettingsError, is_out_of_memory, parse_settings, run_script, setting
 
 METHODS = ("grow", "bisect")
 GROWTH = 1.25
@@ -45,14 +45,6 @@ class Probe:
     peak_allocated_gib: float
     peak_reserved_gib: float | None
     seconds: float
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is the device's (or the budget's) memory running out, and not a bug or a limit of a kernel."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    signs = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def use_expandable_segments(device: torch.device) -> None:

@@ -74,8 +74,19 @@ def parse_settings(
     return settings_class(**vars(parser.parse_args(argv)))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the device's (or the budget's) memory running out, and not a bug or a limit of a kernel."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    signs = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
-    """Call a script's main(); a SettingsError becomes one sentence on standard error and exit status 2."""
+    """Call a script's main(); a SettingsError becomes one sentence on standard error and exit status 2.
+
+    So does memory that runs out where the script does not expect it, with exit status 1.
+    """
     try:
         sys.exit(main())
     except SettingsError as error:
@@ -83,6 +94,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        print(f"{Path(sys.argv[0]).name}: error: these sizes do not fit into memory ({reason})", file=sys.stderr)
+        sys.exit(1)
 
 
 def device_name(device: torch.device) -> str:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import batch_size
-from batch_size import find_batch_size, is_out_of_memory, set_memory_budget, try_batch_size
+from batch_size import find_batch_size, set_memory_budget, try_batch_size
 from memory_tracker import LiveTensorCounter
 from training_state import capture
-from utils import GIB, SettingsError
+from utils import GIB, SettingsError, is_out_of_memory
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 WIDTH, TOKENS = 16, 200

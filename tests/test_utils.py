@@ -176,6 +176,16 @@ def test_run_script_prints_one_sentence_and_exits_with_2(monkeypatch, capsys):
         run_script(lambda: 7)
 
 
+def test_run_script_says_that_memory_ran_out_and_hides_no_other_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fused_gelu.py"])
+    with pytest.raises(SystemExit, match="1"):
+        run_script(lambda: torch.empty(2**60))
+    said = capsys.readouterr().err
+    assert said.startswith("fused_gelu.py: error: these sizes do not fit into memory (") and said.count("\n") == 1
+    with pytest.raises(RuntimeError, match="must match the size"):
+        run_script(lambda: torch.ones(2) + torch.ones(3))
+
+
 # --- FLOPs, peak rates, MFU -------------------------------------------------------------------------------------------
 
 
