@@ -591,11 +591,7 @@ def main() -> int:
         question = f"block costs less than a quarter more time (4 blocks, 64 x {settings.context_length} tokens)"
         study.ask(question, "of width", costs_little, [256, 512, 1024, 2048], 128)
     formula = formula_of(settings)
-    study.save(formula_bytes_per_token={method: formula(method) for method in METHODS})
-    changed = [row["variant"] for row in study.rows if row["exactness"] == "changed"]
-    if changed:
-        print(f"gradients differ by more than rounding: {', '.join(changed)}")
-    return 1 if changed else 0
+    return study.finish(formula_bytes_per_token={method: formula(method) for method in METHODS})
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class Settings:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What the numbers mean: effects of a factorial, the answer of the plwiki lab's grid
+# What the numbers of a factorial mean
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -142,15 +142,6 @@ def factorial_effects(cases: Sequence[Case], folder: Path) -> dict[str, Any]:
     }
 
 
-def grid_answer(rows: Sequence[dict[str, str]]) -> int | None:
-    """The batch size at which growing by a quarter alone would have ended, from the rows of batch_size_search.csv.
-
-    None if its first size does not fit already: the plwiki lab's search only went up.
-    """
-    grown = itertools.takewhile(lambda row: row["status"] == "ok", rows)
-    return max((int(row["batch_size"]) for row in grown), default=None)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Run folders of the cases
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,12 +194,6 @@ def write_comparison(path: Path, experiment: str, size: str, cases: Sequence[Cas
         status = status_of(case, path)[0]
         row = {"name": case.name, "words": case.words, "flags": case.flags, "status": status}
         row |= {"gpu": (info.get("case") or {}).get("gpu"), "error": info.get("error")}
-        search = path / case.name / "batch_size_search.csv"
-        if experiment == "max_batch" and search.exists():
-            header, *lines = (line.split(",") for line in search.read_text(encoding="utf-8").splitlines())
-            probes = [dict(zip(header, line, strict=True)) for line in lines]
-            largest = max((int(probe["batch_size"]) for probe in probes if probe["status"] == "ok"), default=None)
-            row |= {"grid_batch_size": grid_answer(probes), "batch_size": largest}
         rows.append(row)
         left += [case.name] if status not in FINISHED else []
     with suppress(OSError, ValueError, KeyError):  # cases of another --memory_budget_gib, --seeds, ... stay in the list

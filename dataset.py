@@ -328,6 +328,10 @@ class TokenSplit:
         """Windows of context_length inputs whose targets (shifted by one) are all there."""
         return max(0, (len(self.tokens) - 1) // context_length)
 
+    def order(self, context_length: int, seed: int, epoch: int) -> np.ndarray:
+        """The numbers of all windows in the order of epoch 0, 1, ...; the same for the same seed and epoch."""
+        return np.random.default_rng((seed, epoch)).permutation(self.num_windows(context_length))
+
     def batch(
         self, windows: np.ndarray, context_length: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ computes it itself, from fp32 logits of every token. Its folder reads like any o
 evaluates nothing. Model: Radford et al. 2019; code: https://huggingface.co/docs/transformers/model_doc/gpt2.
 """
 
+import functools
 import json
 import time
 from contextlib import nullcontext, suppress
@@ -28,13 +29,13 @@ from transformers.pytorch_utils import Conv1D
 
 import utils
 from attention import observe_kernel
-from batch_size import is_out_of_memory, use_expandable_segments
+from batch_size import use_expandable_segments
 from dataset import DATASET_NAMES, TextData, load_text_data
 from memory_tracker import MemoryTracker
 from precision import autocast, set_precision
 from run_folder import Interrupted, RunFolder, StepLog, StopRequest, check_writable, describe_environment, now
 from transformer_based_llm import MODEL_SIZES, ModelConfig, count_parameters, model_config
-from utils import SettingsError, parse_settings, run_script, setting
+from utils import SettingsError, is_out_of_memory, parse_settings, run_script, setting
 
 
 @dataclass
@@ -99,8 +100,8 @@ def train(settings: Settings, shape: ModelConfig, data: TextData, device: torch.
         Interrupted: Ctrl-C or SIGTERM.
     """
     context_length, split = shape.context_length, data.splits["train"]
-    batch_size, num_windows = settings.batch_size, split.num_windows(shape.context_length)
-    steps_per_epoch = num_windows // batch_size
+    batch_size = settings.batch_size
+    steps_per_epoch = split.num_windows(context_length) // batch_size
     torch.manual_seed(settings.seed)
     model = build_model(shape).to(device)
     optimizer = torch.optim.AdamW(
@@ -138,10 +139,11 @@ def train(settings: Settings, shape: ModelConfig, data: TextData, device: torch.
         measured_steps=settings.measured_steps,
     )
 
+    order = functools.cache(functools.partial(split.order, context_length, settings.seed))
+
     def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, place = divmod(step - 1, steps_per_epoch)
-        order = np.random.default_rng((settings.seed, epoch)).permutation(num_windows)
-        chosen = order[place * batch_size : (place + 1) * batch_size]
+        chosen = order(epoch)[place * batch_size : (place + 1) * batch_size]
         inputs, targets = split.batch(chosen, context_length, device)
         return inputs.contiguous(), targets.contiguous()
 

@@ -32,7 +32,7 @@ import utils
 from attention import observe_kernel, prepare_for_compile
 from attention_support import BACKENDS
 from batch_size import METHODS as SEARCH_METHODS
-from batch_size import Probe, find_batch_size, is_out_of_memory, set_memory_budget, use_expandable_segments
+from batch_size import Probe, find_batch_size, set_memory_budget, use_expandable_segments
 from checkpointing import METHODS, set_activation_memory_budget
 from cross_entropy import LOSSES, cross_entropy, linear_cross_entropy
 from dataset import DATASET_NAMES, DEFAULT_TOKENIZER, TextData, TokenSplit, load_text_data
@@ -60,7 +60,7 @@ from transformer_based_llm import (
     count_parameters,
     model_summary,
 )
-from utils import SettingsError, parse_settings, run_script, setting
+from utils import SettingsError, is_out_of_memory, parse_settings, run_script, setting
 
 EVALUATE_ON = ("test", "validation", "none")
 
@@ -356,7 +356,7 @@ class Training:
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = np.random.default_rng((self.settings.seed, epoch)).permutation(self.num_windows)
+            self.order = self.split.order(self.context_length, self.settings.seed, epoch)
         chosen = self.order[place * self.sequences_per_update : (place + 1) * self.sequences_per_update]
         return [
             self.split.batch(chosen[begin : begin + self.batch_size], self.context_length, self.device)

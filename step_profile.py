@@ -8,7 +8,7 @@ backward_pass, optimizer_step) in which it was launched, and to a kind by its na
 norms, copies, other. What is launched in the optimizer's phase is the optimizer's; what the loss launches, but for the
 head's products, is the loss's. Compiled kernels are named after the operators fused into them, and one that holds a
 norm and the sum before it counts as a norm. The floor is the time of the model's matrix products, forward and twice
-backward, each run alone on this card: a step cannot be faster than that without fewer products.
+backward, each run alone on this card: without fewer products a step cannot be faster than about that.
 """
 
 import json

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from batch_size import is_out_of_memory
 from memory_tracker import MemoryTracker
 from run_folder import RunFolder, StepClock, check_writable, describe_environment, now
-from utils import GIB, percentile, run_script
+from utils import GIB, is_out_of_memory, percentile, run_script
 
 EXACTNESS = ("bitwise", "within rounding", "changed")
 
@@ -223,6 +222,15 @@ class Study:
         )
         print(json.dumps({"run": str(run.path), "status": "ok", "rows": len(self.rows)}))
         return run.path
+
+    def finish(self, trusted: Callable[[str], bool] = lambda variant: True, **more: Any) -> int:
+        """`save`, and the exit status: 1, with the names, if a variant that is trusted to be exact is `changed`."""
+        self.save(**more)
+        rows = (row for row in self.rows if row["exactness"] == "changed")
+        changed = [row["variant"] for row in rows if trusted(row["variant"])]
+        if changed:
+            print(f"error beyond rounding: {', '.join(changed)}")
+        return 1 if changed else 0
 
 
 def relative_error(values: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:

@@ -27,7 +27,7 @@ import compare_techniques
 import comparison_cases
 import gpt2_peer
 import llm_train
-from compare_techniques import Settings, effects, grid_answer
+from compare_techniques import Settings, effects
 from comparison_cases import FACTORS, all_combinations, make_cases
 from dataset import load_text_data
 from sample_documents import generate_documents
@@ -619,23 +619,6 @@ def test_effects_are_written_from_the_run_folders(bench):
     bench.run(*flags)
     found = json.loads(path.read_text())
     assert found["step_ms"]["main"] is None and found["peak_gib"]["reason"] == "no value for flash"
-
-
-def rows(text: str) -> list[dict[str, str]]:
-    return [dict(zip(("batch_size", "status"), word.split(":"), strict=True)) for word in text.split()]
-
-
-@pytest.mark.parametrize(
-    ("probes", "answer"),
-    [
-        ("64:ok 80:ok 100:ok 125:oom 112:ok 118:ok 121:oom", 100),  # bisection would say 118
-        ("64:oom 32:ok 48:ok", None),
-        ("8:ok 10:ok 12:ok", 12),  # ended at the largest allowed
-        ("", None),
-    ],
-)
-def test_what_growing_alone_would_have_answered(probes, answer):
-    assert grid_answer(rows(probes)) == answer
 
 
 # --- The real trainers ------------------------------------------------------------------------------------------------

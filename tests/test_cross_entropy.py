@@ -214,7 +214,7 @@ def test_main_says_when_a_variant_is_wrong(tmp_path, monkeypatch, capsys):
     sizes = ["--tokens", "64", "--width", "16", "--vocab_size", "64", "--chunk_tokens", "32", "--repeats", "1"]
     monkeypatch.setattr("sys.argv", ["cross_entropy.py", *sizes, "--output_folder", str(tmp_path)])
     assert cross_entropy.main() == 1
-    assert "error above twice that of plain PyTorch: chunked" in capsys.readouterr().out
+    assert "error beyond rounding: chunked" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU

@@ -200,7 +200,7 @@ def test_main_measures_every_variant(tmp_path, monkeypatch, capsys):
 def test_main_says_when_a_variant_is_wrong(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fused_gelu.BiasGelu, "backward", staticmethod(lambda ctx, g: (g, ctx.saved_tensors[1])))
     assert run_main(monkeypatch, tmp_path) == 1
-    assert "error above twice that of plain PyTorch: fused" in capsys.readouterr().out
+    assert "error beyond rounding: fused" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["tokens", "width", "num_layers", "repeats"])

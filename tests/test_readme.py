@@ -51,10 +51,10 @@ def test_what_the_readme_says_about_the_comparison():
     assert fast["tokens_per_s"] >= 1.2 * peer["tokens_per_s"]
     assert fast["peak_allocated_gib"] <= peer["peak_allocated_gib"]
     assert small["tokens_per_s"] >= 450_000 and small["peak_allocated_gib"] <= 5
-    cases = json.loads((ROOT / "outputs" / "max_batch" / "comparison.json").read_text())["cases"]
-    trained = [case for case in cases if case["status"] == "ok"]
+    cases = report_comparison.read_cases(ROOT / "outputs", "max_batch")
+    trained = [case for case in cases if case.ok]
     assert f"{len(trained)} of the {len(cases)} answers trained" in README
-    largest = next(case["batch_size"] for case in trained if case["name"] == "everything-45-gib")
+    largest = next(case.batch for case in trained if case.name == "everything-45-gib")
     assert largest >= 2000 and f"`everything` trains {largest:,} sequences at once" in README
 
 

@@ -426,6 +426,21 @@ def test_largest_batches(outputs):
     assert table["fp8"] == ["-", "unsupported"]
 
 
+@pytest.mark.parametrize(
+    ("probes", "largest", "grid"),
+    [
+        ("64:ok 80:ok 100:ok 125:oom 112:ok 118:ok 121:oom", 118, 100),
+        ("64:oom 32:ok 48:ok", 48, None),  # the plwiki lab's search only went up
+        ("8:ok 10:ok 12:ok", 12, 12),  # ended at the largest allowed
+    ],
+)
+def test_what_growing_alone_would_have_answered(tmp_path, probes, largest, grid):
+    rows = [word.replace(":", ",") for word in probes.split()]
+    (tmp_path / "batch_size_search.csv").write_text("\n".join(["batch_size,status", *rows]) + "\n")
+    found = report_comparison.largest_batch(report_comparison.Case("flash", {}, "ok", tmp_path, {}))
+    assert (found.size, found.grid, found.limited) == (largest, grid, "oom" not in probes)
+
+
 def test_effects_and_interactions(outputs, tmp_path):
     table = cells(effects_table(outputs))
     assert table["bf16"] == ["-10.2", "-300.0", "0.250"] and table["chunked\\_loss"] == ["-5.000", "+9.500", "1.050"]
