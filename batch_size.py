@@ -20,8 +20,8 @@ import csv
 import gc
 import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,6 +73,31 @@ def set_memory_budget(device: torch.device, gib: float | None) -> None:
     if gib > total:
         raise SettingsError(f"--memory_budget_gib {gib} is more than this card's {total:.1f} GiB")
     torch.cuda.set_per_process_memory_fraction(gib / total)
+
+
+@contextmanager
+def memory_kept_free(device: torch.device, gib: float | None, share: float) -> Iterator[None]:
+    """While it is open, a GPU's allocator refuses the last share of what it could take; without a GPU nothing happens.
+
+    For a search whose answer has to train for hours, in which the allocator's free memory comes in other pieces than in
+    the steps of a probe. Of 48 answers found on an H100 up to the very limit, 4 ran out of memory within nine steps of
+    training, for want of less than 0.02 GiB.
+
+    Args:
+        gib: the budget (see `set_memory_budget`), which holds again afterwards; None is the whole card.
+        share: of the budget, or of what is free on the card if that is less; from 0 to below 1.
+    """
+    if device.type != "cuda" or share == 0:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    reachable = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    budget = total if gib is None else gib * GIB
+    torch.cuda.set_per_process_memory_fraction((1 - share) * min(budget, reachable) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(budget / total)
 
 
 def try_batch_size(

@@ -215,8 +215,9 @@ def make_cases(experiment: str, size: str, settings: Any, device_memory_gib: flo
     elif experiment == "max_batch":
         default = SMOKE_BUDGETS if smoke else MEMORY_BUDGETS
         budgets = read_numbers("memory_budget_gib", settings.memory_budget_gib, default, float)
-        length = "--adjust_batch_size true --max_steps 12 --tracked_steps 3 --measured_steps 6 --epochs 12"
-        length += " --evaluate_on none" + (" --max_batch_size 64" if smoke else "")
+        # To the very limit: the question is what fits, not what is wise for a long run.
+        length = "--adjust_batch_size true --search_margin 0" + (" --max_batch_size 64" if smoke else "")
+        length += " --max_steps 12 --tracked_steps 3 --measured_steps 6 --epochs 12 --evaluate_on none"
         for (name, flags, words), budget in itertools.product(MAX_BATCH_CASES, budgets):
             whole = is_whole_card(budget, device_memory_gib)
             limit = "" if whole else f"--memory_budget_gib {budget:g}"

@@ -42,7 +42,7 @@ class Plan:
     use_compile: bool
     autocast_precision: str  # fp32 (no autocast) where the parameters themselves are bf16
     batch_size: int
-    batch_size_margin: float  # share of the largest batch found that training leaves out
+    search_margin: float  # share of the memory that a search leaves free
     capacity_gib: float  # of the GPU or the budget
     limit_bytes: int | None  # budget for live tensors without a GPU; on a GPU the allocator keeps it
     notes: list[str]
@@ -65,9 +65,9 @@ def make_plan(settings: Any) -> Plan:
         value = getattr(settings, name)
         if value is not None and (value in ("", ".", "..") or Path(value).name != value or len(value) > 200):
             raise SettingsError(f"--{name} must be one folder name of at most 200 characters, not '{value[:80]}'")
-    if settings.batch_size_margin is not None and not 0 <= settings.batch_size_margin < 1:
-        raise SettingsError(f"--batch_size_margin is a share from 0 to below 1, not {settings.batch_size_margin}")
-    for name in ("batch_size_search", "max_batch_size", "batch_size_margin"):
+    if settings.search_margin is not None and not 0 <= settings.search_margin < 1:
+        raise SettingsError(f"--search_margin is a share from 0 to below 1, not {settings.search_margin}")
+    for name in ("batch_size_search", "max_batch_size", "search_margin"):
         if getattr(settings, name) is not None and not settings.adjust_batch_size:
             raise SettingsError(f"--{name} has no effect without --adjust_batch_size true")
     if settings.use_flash_attention and settings.attention_backend is not None:
@@ -187,9 +187,9 @@ def make_plan(settings: Any) -> Plan:
         if settings.batch_size is not None:
             raise SettingsError(f"--batch_size {batch_size} is above --max_batch_size {settings.max_batch_size}")
         batch_size = settings.max_batch_size
-    margin = settings.batch_size_margin
+    margin = settings.search_margin
     if margin is None:
-        margin = 0.01 if device.type == "cuda" else 0.0  # live tensors do not fall into pieces
+        margin = 0.01 if device.type == "cuda" else 0.0  # counted live tensors have no pieces to fit in
     capacity = settings.memory_budget_gib
     if device.type == "cuda":
         limit_bytes = None
@@ -208,7 +208,7 @@ def make_plan(settings: Any) -> Plan:
         use_compile=settings.use_compile,
         autocast_precision=precision if settings.parameters == "fp32" else "fp32",
         batch_size=batch_size,
-        batch_size_margin=margin,
+        search_margin=margin,
         capacity_gib=capacity or free,
         limit_bytes=limit_bytes,
         notes=notes,

@@ -32,7 +32,7 @@ import utils
 from attention import observe_kernel, prepare_for_compile
 from attention_support import BACKENDS
 from batch_size import METHODS as SEARCH_METHODS
-from batch_size import Probe, find_batch_size, set_memory_budget, use_expandable_segments
+from batch_size import Probe, find_batch_size, memory_kept_free, set_memory_budget, use_expandable_segments
 from checkpointing import METHODS, set_activation_memory_budget
 from cross_entropy import LOSSES, cross_entropy, linear_cross_entropy
 from dataset import DATASET_NAMES, DEFAULT_TOKENIZER, TextData, TokenSplit, load_text_data
@@ -107,7 +107,7 @@ class Settings:
     adjust_batch_size: bool = setting(False, "search the largest batch size that trains")
     batch_size_search: str | None = setting(None, "grow by a quarter only, or bisect then (default)", SEARCH_METHODS)
     max_batch_size: int | None = setting(None, "upper bound of the search")
-    batch_size_margin: float | None = setting(None, "train with this share below the answer (0.01; no GPU: 0)")
+    search_margin: float | None = setting(None, "share of the memory that the search leaves free (GPU 0.01, else 0)")
     memory_budget_gib: float | None = setting(None, "play a card of this size (no GPU: half the free memory)")
     expandable_segments: bool = setting(True, "CUDA allocator that does not fragment; false is PyTorch's default")
     tokens_per_update: int | None = setting(None, "tokens of an optimizer step, by accumulation (default: one batch)")
@@ -365,11 +365,7 @@ class Training:
         ]
 
     def search_batch_size(self) -> None:
-        """Set the largest batch size that trains, less a margin; every probe is a row of batch_size_search.csv.
-
-        The margin is for the CUDA allocator, whose free memory falls into pieces over many steps: of 48 answers on an
-        H100, trained without it, 4 ran out of memory after 1 to 9 steps and others were slow.
-        """
+        """Set the largest batch size that trains beside the margin; every probe is a row of batch_size_search.csv."""
         settings = self.settings
         update = (settings.tokens_per_update or 0) // self.context_length  # in sequences; 0: an update is one batch
         maximum = min(size for size in (self.num_windows, settings.max_batch_size, update) if size)
@@ -391,30 +387,30 @@ class Training:
             reserved = "" if probe.peak_reserved_gib is None else f", {probe.peak_reserved_gib:.2f} reserved"
             print(f"batch size {probe.batch_size:>6}: {probe.status:<5} {probe.peak_allocated_gib:.2f} GiB{reserved}")
 
-        largest, probes = find_batch_size(
-            train,
-            model=self.model,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            device=self.device,
-            start=self.batch_size,
-            maximum=maximum,
-            method=settings.batch_size_search or "bisect",
-            limit_bytes=self.plan.limit_bytes,
-            csv_path=self.run.path / "batch_size_search.csv",
-            report=report,
-        )
-        best = next(probe for probe in probes if probe.status == "ok" and probe.batch_size == largest)
+        margin, limit = self.plan.search_margin, self.plan.limit_bytes
+        with memory_kept_free(self.device, settings.memory_budget_gib, margin):
+            self.batch_size, probes = find_batch_size(
+                train,
+                model=self.model,
+                optimizer=self.optimizer,
+                scaler=self.scaler,
+                device=self.device,
+                start=self.batch_size,
+                maximum=maximum,
+                method=settings.batch_size_search or "bisect",
+                limit_bytes=None if limit is None else int((1 - margin) * limit),
+                csv_path=self.run.path / "batch_size_search.csv",
+                report=report,
+            )
+        best = next(probe for probe in probes if probe.status == "ok" and probe.batch_size == self.batch_size)
         headroom = self.plan.capacity_gib - (best.peak_reserved_gib or best.peak_allocated_gib)
-        bounded = largest == maximum
+        bound = "; the largest allowed" if self.batch_size == maximum else ""
+        kept = f" ({100 * margin:g} % kept free by --search_margin)" if margin else ""
         print(
-            f"batch size {largest} after {len(probes)} probes{'; the largest allowed' if bounded else ''}; "
-            f"headroom {headroom:.2f} of {self.plan.capacity_gib:.2f} GiB"
+            f"batch size {self.batch_size} after {len(probes)} probes{bound}; headroom {headroom:.2f} of "
+            f"{self.plan.capacity_gib:.2f} GiB{kept}"
         )
-        self.batch_size = largest if bounded else max(1, int((1 - self.plan.batch_size_margin) * largest))
-        if self.batch_size < largest:
-            print(f"training with {self.batch_size}: the allocator's memory falls into pieces (--batch_size_margin)")
-        self.run.update(batch_size=self.batch_size, largest_batch_size=largest, headroom_gib=round(headroom, 3))
+        self.run.update(batch_size=self.batch_size, search_margin=margin, headroom_gib=round(headroom, 3))
 
     def compile(self) -> None:
         """Run the next step once so that everything is compiled, note the seconds, and put the state back.
@@ -462,6 +458,7 @@ class Training:
                     saved = fetch = time.perf_counter()
 
                 self.step += 1
+                batches = None  # so that the next ones lie where these lay, and not beside them
                 batches = self.batches_of_step(self.step)
                 data_ms = 1000 * (time.perf_counter() - fetch)
                 tracked = self.can_track and log.is_tracked(self.step)
@@ -654,7 +651,8 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
     if training.compile_s is not None:
         print(f"compiled in {training.compile_s} s, first step {results['first_step_ms']:.0f} ms")
     if results["alloc_retries"]:
-        print(f"the allocator ran short {results['alloc_retries']} times: a smaller batch may be faster")
+        smaller = "a higher --search_margin" if settings.adjust_batch_size else "a smaller batch"
+        print(f"the allocator ran short {results['alloc_retries']} times: {smaller} may be faster")
     if results["timed_steps"]:
         mfu = "" if results["mfu"] is None else f", MFU {100 * results['mfu']:.1f} % of {training.peak_tflops} TFLOP/s"
         print(
@@ -729,9 +727,12 @@ def main() -> int:
             if status == "error" and not isinstance(error, FloatingPointError):
                 raise
     if status == "oom":
+        advice = "lower --batch_size, or use --adjust_batch_size true,"
+        if settings.adjust_batch_size:
+            advice = "raise --search_margin, or use"
         reason = (
-            f"out of memory with batch size {run.info['batch_size']} ({reason}); lower --batch_size, or use "
-            "--adjust_batch_size true, --use_gradient_checkpointing true or --precision bf16"
+            f"out of memory with batch size {run.info['batch_size']} ({reason}); {advice} "
+            "--use_gradient_checkpointing true or --precision bf16"
         )
     print(f"{run.path}: {reason}")
     print(json.dumps({"run": str(run.path), "status": status}))

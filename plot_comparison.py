@@ -130,7 +130,7 @@ def place_labels(
                 break
         label.set(**best[1])
         taken.append(label.get_window_extent(renderer).padded(1.5))
-        if max(map(abs, best[1]["position"])) > 9:
+        if sum(map(abs, best[1]["position"])) > 9:
             arrow = {"arrowstyle": "-", "color": GREY, "lw": 0.7}
             ax.annotate("", point, best[1]["position"], textcoords="offset points", arrowprops=arrow)
         labels.append(label)
@@ -384,6 +384,7 @@ def quality_figure(cases: Sequence[Case], title: str, key: str, label: str) -> F
             len({case.ok for case in seeds.values()}) == 2 for seeds in equal.values()
         )  # crosses beside points
         ax.set_xlim(low - (0.35 if partly else 0.14) * width, high + 0.12 * width)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     ax.set_xlabel(f"{label}; the axis does not begin at 0")
     handles = [
         Line2D([], [], marker="o", linestyle="none", color=BLUE, markersize=7, label="one seed, equal updates"),
@@ -436,6 +437,7 @@ def updates_figure(cases: Sequence[Case]) -> Figure:
             ax.set_ylim(min(ys) / 1.25, max(ys) * 1.35)
         else:
             ax.set_ylim(0.75 * min(ys), 1.25 * max(ys))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         ax.set_ylabel(f"{ax.get_ylabel()}\nthe axis does not begin at 0")
     legend_below(figure, 3)
     if labels:
@@ -495,7 +497,7 @@ def max_batch_figure(cases: Sequence[Case]) -> Figure:
     near = [False, *(right < 1.12 * left for left, right in itertools.pairwise(budgets))]  # a line lower
     ax.set_xticks(budgets, [f"{chr(10) * low}{budget:g}" for budget, low in zip(budgets, near, strict=True)])
     ax.set_xlim(budgets[0] / 1.1, budgets[-1] * (budgets[-1] / budgets[0]) ** 0.5 * 1.1)
-    ax.set(xlabel="memory budget (GiB)", ylabel="largest batch (sequences)")
+    ax.set(xlabel="memory budget of PyTorch's allocator (GiB)", ylabel="largest batch (sequences)")
     if sizes:
         ax.set_yscale("log")
         plain_logarithm(ax.yaxis)

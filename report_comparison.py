@@ -231,8 +231,16 @@ def quality_runs(cases: Iterable[Case]) -> tuple[dict[str, dict[int, Case]], lis
             raise SettingsError(f"the case {case.name} is named neither ...-seed-N nor confounded-...")
     for run in confounded:
         own = technique_flags(run.case)
-        same = (name for name, seeds in equal.items() if own in map(technique_flags, seeds.values()))
-        run.configuration = next(same, None)
+        without = {name: value for name, value in own.items() if name != "gradient_checkpointing"}
+        run.configuration = next(
+            (
+                name
+                for flags in (own, without)  # blocks that are recomputed train the same, bit for bit
+                for name, seeds in equal.items()
+                if flags in map(technique_flags, seeds.values())
+            ),
+            None,
+        )
     return equal, confounded
 
 

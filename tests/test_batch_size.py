@@ -1,13 +1,16 @@
 """The search finds the exact limit, returns only sizes that ran, and leaves no trace."""
 
 import csv
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
 import batch_size
-from batch_size import find_batch_size, set_memory_budget, try_batch_size
+from batch_size import find_batch_size, memory_kept_free, set_memory_budget, try_batch_size
 from memory_tracker import LiveTensorCounter
 from training_state import capture
 from utils import GIB, SettingsError, is_out_of_memory
@@ -177,6 +180,62 @@ def test_gpu_search_under_a_budget_ends_between_a_size_that_ran_and_the_next():
     assert status[largest] == "ok" and status[largest + 1] == "oom"
     assert all(probe.peak_reserved_gib <= 1.5 for probe in probes)
     assert max(probe.peak_reserved_gib for probe in probes if probe.status == "ok") > 1.2
+
+
+@pytest.mark.parametrize(
+    ("gib", "free", "reserved", "inside", "afterwards"),
+    [
+        (20, 70, 1, 0.9 * 20 / 80, 20 / 80),  # the budget is the limit
+        (None, 70, 2, 0.9 * 72 / 80, 1.0),  # what other programs and the context leave of the card
+        (75, 70, 2, 0.9 * 72 / 80, 75 / 80),  # less is free than the budget
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_kept_free_in_a_search(gib, free, reserved, inside, afterwards, fails):
+    asked = []
+    with (
+        patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(total_memory=80 * GIB)),
+        patch.object(torch.cuda, "mem_get_info", return_value=(free * GIB, 80 * GIB)),
+        patch.object(torch.cuda, "memory_reserved", return_value=reserved * GIB),
+        patch.object(torch.cuda, "set_per_process_memory_fraction", asked.append),
+        pytest.raises(SettingsError) if fails else nullcontext(),
+        memory_kept_free(torch.device("cuda"), gib, 0.1),
+    ):
+        assert asked == [pytest.approx(inside)]
+        if fails:
+            raise SettingsError("not even one sequence fits")
+    assert asked == [pytest.approx(inside), afterwards]
+
+
+@pytest.mark.parametrize(("device", "share"), [("cpu", 0.1), ("cuda", 0.0)])
+def test_nothing_is_kept_free_without_a_gpu_or_a_share(device, share):
+    with patch.object(torch.cuda, "set_per_process_memory_fraction", side_effect=AssertionError):  # noqa: SIM117
+        with memory_kept_free(torch.device(device), 1, share):
+            pass
+
+
+@pytest.mark.gpu
+def test_gpu_memory_kept_free():
+    """1.6 GiB fit a budget of 1.7, and not if an eighth of it is kept free."""
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()
+    taken = torch.cuda.memory_reserved() / GIB
+
+    def fits() -> bool:
+        try:
+            torch.empty(int(1.6 * GIB), dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    try:
+        set_memory_budget(device, 1.7 + taken)
+        with memory_kept_free(device, 1.7 + taken, 0.125):
+            assert not fits()
+        torch.cuda.empty_cache()
+        assert fits()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.gpu

@@ -250,15 +250,11 @@ def test_search_settings(train):
     update = train(adjust_batch_size=True, memory_budget_gib=1, max_steps=1, tokens_per_update=13 * 32)
     assert update.results["batch_size"] == 13  # never more than one update
     found = exact.results["batch_size"]
-    margin = train(adjust_batch_size=True, memory_budget_gib=0.004, max_steps=1, batch_size_margin=0.1)
-    assert margin.probes == exact.probes  # the answer is the same, the training smaller
-    assert margin.info["largest_batch_size"] == exact.info["largest_batch_size"] == found
-    assert margin.results["batch_size"] == int(0.9 * found) < found
-    assert margin.steps[0]["tokens"] == 32 * int(0.9 * found)
-    allowed = train(
-        adjust_batch_size=True, memory_budget_gib=0.004, max_steps=1, max_batch_size=11, batch_size_margin=0.1
-    )
-    assert allowed.results["batch_size"] == 11  # a bound leaves memory free, so it needs no margin
+    margin = train(adjust_batch_size=True, memory_budget_gib=0.004, max_steps=1, search_margin=0.1)
+    less = train(adjust_batch_size=True, memory_budget_gib=0.0036, max_steps=1)
+    assert margin.probes == less.probes and margin.results["batch_size"] == less.results["batch_size"] < found
+    assert margin.info["search_margin"] == 0.1 and exact.info["search_margin"] == 0
+    assert "of 0.00 GiB (10 % kept free by --search_margin)" in margin.stdout
 
 
 def test_nothing_fits(train):
@@ -513,8 +509,8 @@ WRONG = {  # settings, what the sentence names
     "batch larger than the update": ({"tokens_per_update": 128}, "--tokens_per_update"),
     "bound without search": ({"max_batch_size": 8}, "--max_batch_size"),
     "method without search": ({"batch_size_search": "grow"}, "--batch_size_search"),
-    "a margin of everything": ({"adjust_batch_size": True, "batch_size_margin": 1.0}, "--batch_size_margin"),
-    "a margin of no search": ({"batch_size_margin": 0.1}, "--batch_size_margin"),
+    "a margin of everything": ({"adjust_batch_size": True, "search_margin": 1.0}, "--search_margin"),
+    "a margin of no search": ({"search_margin": 0.1}, "--search_margin"),
     "start above the bound": ({"adjust_batch_size": True, "max_batch_size": 4}, "--max_batch_size"),
     "output folder under a file": ({"output_folder": "{files}/empty.txt/outputs"}, "--output_folder"),
     "cache under a file": ({"cache_folder": "{files}/empty.txt/cache"}, "--cache_folder"),
@@ -1072,7 +1068,7 @@ ELSEWHERE = {
     "adjust_batch_size": "test_search_leaves_no_trace",
     "batch_size_search": "test_search_settings",
     "max_batch_size": "test_search_settings",
-    "batch_size_margin": "test_search_settings",
+    "search_margin": "test_search_settings",
     "memory_budget_gib": "test_search_settings",
     "expandable_segments": "test_allocator_setting",
     "tokenizer": "test_every_setting_changes_the_run",  # with tokenizer_type
@@ -1246,6 +1242,16 @@ def test_out_of_memory(train):
     assert "out of memory with batch size 8 (live tensors need" in sentence
     assert "--adjust_batch_size true" in sentence
     assert "Traceback" not in run.stderr
+
+
+def test_out_of_memory_after_a_search(train):
+    """The advice is not to search."""
+    with patch.object(llm_train.Training, "train", side_effect=torch.OutOfMemoryError("full")):
+        run = train(adjust_batch_size=True, max_batch_size=9)
+    assert run.last_line == {"run": str(run.path), "status": "oom"}
+    sentence = run.stdout.splitlines()[-2]
+    assert "out of memory with batch size 9 (full); raise --search_margin" in sentence
+    assert "--adjust_batch_size" not in sentence
 
 
 def test_loss_that_is_not_finite(train):

@@ -48,6 +48,14 @@ def test_what_the_readme_says_about_the_comparison():
         (plain, "the plain GELU it is {tokens_per_s:,.0f} in {peak_allocated_gib:.1f}."),
     ):
         assert sentence.format(**case) in README
+    rate, longest = (
+        seed_results("flash-attention-adamw")["tokens_per_s"],
+        json.loads((ROOT / "outputs" / "max_batch" / "flash-80-gib" / "run.json").read_text())["results"][
+            "tokens_per_s"
+        ],
+    )
+    assert f"{rate:,.0f} with 125, and {longest:,.0f} with 445" in README
+    assert f"bring little speed:** {100 * (longest / rate - 1):.0f} % in that example" in README
     assert fast["tokens_per_s"] >= 1.2 * peer["tokens_per_s"]
     assert fast["peak_allocated_gib"] <= peer["peak_allocated_gib"]
     assert small["tokens_per_s"] >= 450_000 and small["peak_allocated_gib"] <= 5

@@ -11,6 +11,7 @@ import report
 import report_comparison
 import report_techniques
 from report_comparison import (
+    Case,
     comparison_tables,
     confounded_table,
     effects_table,
@@ -19,6 +20,7 @@ from report_comparison import (
     memory_table,
     peer_table,
     profile_table,
+    quality_runs,
     quality_table,
     read_cases,
     time_table,
@@ -389,6 +391,20 @@ def test_the_confounded_runs_stand_beside_those_with_the_same_flags(outputs):
     assert table["confounded-flash-attention-batch-445"] == expected
     assert table["confounded-flash-attention-batch-195"][:4] == ["195", "209", "905.0", "flash"]
     assert table["confounded-fp32-baseline-batch-303"] == ["-", "oom", *DASHES[:4]]
+
+
+def test_recomputed_blocks_stand_beside_the_same_without(tmp_path):
+    """Checkpointing trains the same bit for bit; any other technique has to be the same."""
+
+    def case(name: str, **flags: str) -> Case:
+        return Case(name, flags, "ok", tmp_path, {})
+
+    blocks = {"gradient_checkpointing": "block"}
+    cases = [case("plain-seed-0", precision="bf16"), case("blocks-seed-0", precision="fp16", **blocks)]
+    cases += [case("confounded-1", precision="bf16", **blocks), case("confounded-2", precision="fp16", **blocks)]
+    cases += [case("confounded-3", precision="fp16"), case("confounded-4", precision="fp32", **blocks)]
+    _, confounded = quality_runs(cases)
+    assert [run.configuration for run in confounded] == ["plain", "blocks", None, None]
 
 
 def change_status(outputs: Path, experiment: str, name: str, status: str) -> None:
