@@ -86,6 +86,9 @@ SEED_CASES = (  # batch size is the number at the end of the name
     ("everything-small-batch-125",
      f"{COMPILE} {BLOCK} {CHUNKED} --gelu recomputed --parameters bf16_stochastic --profile_steps 3",
      "compiled, blocks recomputed, chunked loss, bf16 parameters with stochastic rounding, GELU made again"),
+    ("everything-small-fused-gelu-batch-125",
+     f"{COMPILE} {BLOCK} {CHUNKED} --gelu fused --parameters bf16_stochastic --profile_steps 3",
+     "the same with the fused GELU, whose output the compiler keeps"),
     # the peer: gpt2_peer.py
     ("hf-gpt2-batch-125", "", "GPT-2 of transformers: SDPA, bf16 autocast, fused AdamW"),
     ("hf-gpt2-compiled-batch-125", "--use_compile true", "the same, compiled"),

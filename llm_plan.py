@@ -1,7 +1,7 @@
 """What the settings of llm_train.py mean on this machine: every check of them, and what they leave open.
 
 Device, precision, attention kernel, model shape, batch size and memory budget are decided here, before anything is
-loaded or written, so that llm_train.py itself reads as settings, step, loop and results.
+loaded or written, so that llm_train.py itself reads as settings, loop and results.
 """
 
 from dataclasses import asdict, dataclass

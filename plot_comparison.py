@@ -384,7 +384,8 @@ def quality_figure(cases: Sequence[Case], title: str, key: str, label: str) -> F
             len({case.ok for case in seeds.values()}) == 2 for seeds in equal.values()
         )  # crosses beside points
         ax.set_xlim(low - (0.35 if partly else 0.14) * width, high + 0.12 * width)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    if key != "test_loss":
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     ax.set_xlabel(f"{label}; the axis does not begin at 0")
     handles = [
         Line2D([], [], marker="o", linestyle="none", color=BLUE, markersize=7, label="one seed, equal updates"),

@@ -46,6 +46,7 @@ def test_what_the_readme_says_about_the_comparison():
         (seed_results("flash-compile"), "this lab makes {tokens_per_s:,.0f} in {peak_allocated_gib:.1f}."),
         (small, "`everything-small` trains {tokens_per_s:,.0f} in {peak_allocated_gib:.1f} GiB"),
         (plain, "the plain GELU it is {tokens_per_s:,.0f} in {peak_allocated_gib:.1f}."),
+        (seed_results("everything-small-fused-gelu"), "{peak_allocated_gib:.1f} GiB for the same time (`everything"),
     ):
         assert sentence.format(**case) in README
     rate, longest = (
