@@ -30,6 +30,7 @@ import attention
 import attention_support
 import dataset
 import llm_plan
+import llm_step
 import llm_train
 import plot
 import run_folder
@@ -778,11 +779,11 @@ def make_split(tokens: int) -> dataset.TokenSplit:
     return dataset.TokenSplit("test", row, num_bytes=3 * tokens, num_documents=4)
 
 
-def objective(model: TransformerLM, loss: str = "full") -> llm_train.Objective:
+def objective(model: TransformerLM, loss: str = "full") -> llm_step.Objective:
     plan = SimpleNamespace(
         loss=loss, loss_chunk_tokens=5, use_compile=False, autocast_precision="fp32", device=torch.device("cpu")
     )
-    return llm_train.Objective(model, plan)
+    return llm_step.Objective(model, plan)
 
 
 @pytest.mark.parametrize("tokens", [8 * 11 + 1, 8 * 11 + 6, 5])  # no tail, a tail of 5 targets, nothing but a tail
@@ -801,7 +802,7 @@ def test_metrics_do_not_depend_on_the_batch_size(tokens):
         nats -= sum(F.log_softmax(logits, -1)[place, target].item() for place, target in enumerate(ids[1:]))
     model.train()
     for batch_size, loss in itertools.product((1, 3, 7, 1000), ("full", "chunked")):
-        metrics = llm_train.evaluate(objective(model, loss), split, batch_size, StopRequest())
+        metrics = llm_step.evaluate(objective(model, loss), split, batch_size, StopRequest())
         assert metrics["tokens"] == tokens - 1
         assert metrics["loss"] == pytest.approx(nats / (tokens - 1), rel=1e-6)
         assert metrics["perplexity"] == pytest.approx(math.exp(nats / (tokens - 1)), rel=1e-5)
@@ -817,7 +818,7 @@ def step_in_micro_batches(batch_size: int, loss: str = "full") -> tuple[float, l
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     split = make_split(7 * 8 + 1)
     batches = [split.batch(np.arange(i, min(i + batch_size, 7)), 8, CPU) for i in range(0, 7, batch_size)]
-    mean = llm_train.training_step(objective(model, loss), optimizer, scaler, batches, MemoryTracker(CPU))
+    mean = llm_step.training_step(objective(model, loss), optimizer, scaler, batches, MemoryTracker(CPU))
     assert all(parameter.grad is None for parameter in model.parameters())
     return mean.item(), [parameter.detach() for parameter in model.parameters()]
 
@@ -1346,7 +1347,7 @@ def test_unigram_control_against_a_count_by_hand():
     train = TokenSplit("train", np.array([0, 0, 1, 2], dtype=np.uint16), 4, 1)
     test = TokenSplit("test", np.array([2, 0, 1], dtype=np.uint16), 3, 1)
     # counts plus one: 3, 2, 2, 1 of 8; the first test token is not predicted
-    assert llm_train.unigram_perplexity(train, test, 4) == pytest.approx((3 / 8 * 2 / 8) ** -0.5)
+    assert llm_step.unigram_perplexity(train, test, 4) == pytest.approx((3 / 8 * 2 / 8) ** -0.5)
 
 
 def test_disk_full_while_drawing(train):
