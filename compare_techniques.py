@@ -19,32 +19,40 @@ A fresh process matters: allocator caches, compiled kernels and cuBLAS workspace
 When it does not help: for one question about one technique, run that technique's own file.
 """
 
-import fcntl
 import itertools
 import json
 import math
 import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from case_runner import (
+    FINISHED,
+    Case,
+    alone,
+    check_device,
+    check_old_folder,
+    gpu_environment,
+    hang_up_means_stop,
+    read_info,
+    result_line,
+    run_cases,
+    status_of,
+)
 from comparison_cases import (
     EXPERIMENTS,
     FACTORS,
     MEMORY_BUDGETS,
     SMOKE_BUDGETS,
-    Case,
     all_combinations,
     combination_name,
     make_cases,
@@ -52,11 +60,8 @@ from comparison_cases import (
     split_list,
 )
 from dataset import DATASET_NAMES
-from run_folder import RunFolder, StopRequest, check_writable, describe_environment, write_atomically
+from run_folder import StopRequest, check_writable, describe_environment, write_atomically
 from utils import SettingsError, parse_settings, run_script, setting
-
-HERE = Path(__file__).parent
-FINISHED = ("ok", "oom", "unsupported")
 
 
 # fmt: off
@@ -147,41 +152,6 @@ def factorial_effects(cases: Sequence[Case], folder: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def read_info(folder: Path) -> dict[str, Any] | None:
-    """run.json of a folder; None if there is none that a run of this lab wrote."""
-    try:
-        return RunFolder.open(str(folder)).info
-    except SettingsError:
-        return None
-
-
-def same_text(flags: dict[str, str]) -> dict[str, str]:
-    """The flags with a data path's last part only: the same folder may lie elsewhere on another machine."""
-    return {name: Path(value).name if name == "dataset_path" else value for name, value in flags.items()}
-
-
-def status_of(case: Case, folder: Path) -> tuple[str, str]:
-    """(status, what differs): status as in run.json, missing, or changed if it ended but was made with other flags."""
-    info = read_info(folder / case.name)
-    if info is None:
-        return "missing", ""
-    status = info.get("status", "error")
-    if status not in FINISHED:
-        return status, ""
-    before, wanted = same_text((info.get("case") or {}).get("flags", {})), same_text(case.flags)
-    if before == wanted:
-        return status, ""
-    names = [name for name in before | wanted if before.get(name) != wanted.get(name)]
-    changes = (f"--{name} was {before.get(name, 'not given')}, is {wanted.get(name, 'not given')}" for name in names)
-    return "changed", "; ".join(changes)
-
-
-def check_old_folder(folder: Path) -> None:
-    """Raise unless a folder that a case needs is missing, empty or a run of this lab, so that it may be removed."""
-    if folder.exists() and read_info(folder) is None and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"{folder} holds no run.json of a run, so it is not removed; move it or change --cases")
-
-
 def write_comparison(path: Path, experiment: str, size: str, cases: Sequence[Case], environment: dict) -> list[str]:
     """Write comparison.json: every case in order with flags and status, and those of earlier lists after them.
 
@@ -207,203 +177,8 @@ def write_comparison(path: Path, experiment: str, size: str, cases: Sequence[Cas
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Processes
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """A case that is running."""
-
-    case: Case
-    process: subprocess.Popen
-    gpu: str | None
-    stdout: IO[str]
-    stderr: IO[str]
-    begin: float
-
-
-def command(case: Case, folder: Path, cache_folder: str) -> list[str]:
-    """The words that run a case."""
-    place = {"cache_folder": cache_folder, "output_folder": str(folder.parent), "experiment": folder.name}
-    flags = case.flags | place | {"run_name": case.name, "figures": "false"}  # plot.py can draw them later
-    return [sys.executable, str(HERE / case.script), *(word for k, v in flags.items() for word in (f"--{k}", v))]
-
-
-def start(case: Case, folder: Path, cache_folder: str, gpu: str | None, choose_gpu: bool) -> Job:
-    """Remove what an earlier attempt left and start the case in a process group of its own."""
-    check_old_folder(folder / case.name)
-    shutil.rmtree(folder / case.name, ignore_errors=True)
-    text = {"encoding": "utf-8", "errors": "replace", "newline": ""}  # newline: a progress bar's \r stays
-    stdout, stderr = (tempfile.TemporaryFile("w+", **text) for _ in range(2))  # noqa: SIM115
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if choose_gpu else {})
-    if case.flags.get("use_compile") == "true":  # each case compiles anew, so that its compile_s is comparable
-        environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    process = subprocess.Popen(
-        command(case, folder, cache_folder),
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
-        env=environment,
-        start_new_session=True,  # the terminal's Ctrl-C reaches the runner only, which passes it on once
-    )
-    return Job(case, process, gpu, stdout, stderr, time.monotonic())
-
-
-def kill_group(job: Job) -> None:
-    """End the process and whatever it started (compile workers), and wait for it."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(job.process.pid, signal.SIGKILL)
-    job.process.wait()
-
-
-def read_lines(file: IO[str]) -> list[str]:
-    """The lines of a process's output that say something; of a progress bar its last state."""
-    file.seek(0)
-    lines = (line.rpartition("\r")[2].rstrip() for line in file.read().replace("\r\n", "\n").split("\n"))
-    return [line for line in lines if line]
-
-
-def conclude(job: Job, folder: Path, environment: dict, *, timed_out: str | None, stopping: bool) -> str:
-    """Make sure that run.json says how a case ended, and leave error.txt if it failed; returns the status."""
-    path, case = folder / job.case.name, job.case
-    lines, code = read_lines(job.stderr), job.process.returncode
-    last_words = read_lines(job.stdout)[-1:]
-    job.stdout.close()
-    job.stderr.close()
-    info = read_info(path)
-    said: dict[str, Any] = {}
-    with suppress(ValueError, IndexError):
-        said = json.loads(last_words[0])
-    status = info.get("status", "running") if info else said.get("status", "running")
-    reason = info.get("error") if info else None
-    ending = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    if timed_out is not None:
-        status, reason = "error", timed_out
-    elif info is None and stopping:
-        return "missing"
-    elif info is None and code == 2 and lines and not any(line.startswith("usage:") for line in lines):
-        status, reason = "unsupported", lines[-1].removeprefix(f"{case.script}: error: ")
-    elif stopping and status in ("running", "interrupted"):
-        status = "interrupted"
-    elif status == "running" or (status == "ok" and (code != 0 or info is None)):
-        status, reason = "error", ": ".join([ending, *lines[-1:]])
-    elif status == "error" and (path / "batch_size_search.csv").exists():
-        probes = (path / "batch_size_search.csv").read_text(encoding="utf-8").splitlines()[1:]
-        if probes and all(",oom," in probe for probe in probes):  # not even one sequence fits: a result, not a failure
-            status = "oom"
-    if status in ("oom", "error") and reason is None:
-        reason = ": ".join([ending, *lines[-1:]])
-    run = RunFolder(path)
-    if info is None:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        run.info = {"experiment": folder.name, "run_name": case.name, **environment, "argv": job.process.args}
-        run.info["settings"] = dict(case.flags)
-    else:
-        run.info = info
-    run.update(status=status, case={"words": case.words, "flags": case.flags, "gpu": job.gpu})
-    if status != "ok":
-        run.update(error=reason)
-        if lines:
-            write_atomically(path / "error.txt", "\n".join(lines[-50:]) + "\n")
-    return status
-
-
-def result_line(case: Case, info: dict[str, Any]) -> str:
-    """Name, status, batch, peak, time and rate of a case; of one that failed its reason."""
-    results = info.get("results") or {}
-    line = f"{case.name:<54} {info.get('status', 'missing'):<12}"
-    if info.get("status") != "ok":
-        return f"{line}{info.get('error') or ''}".rstrip()
-    shown = (("batch_size", ",", "batch"), ("peak_allocated_gib", ".3f", "GiB"), ("step_ms_median", ".1f", "ms"))
-    shown = (*shown, ("tokens_per_s", ",.0f", "tokens/s"))
-    return line + "  ".join(
-        f"{'-' if results.get(key) is None else format(results[key], style):>8} {unit}" for key, style, unit in shown
-    )
-
-
-def run_cases(
-    cases: Sequence[Case],
-    folder: Path,
-    settings: Settings,
-    environment: dict[str, Any],
-    stop: StopRequest,
-    deadline: float,
-    done: Callable[[Case], None],
-) -> None:
-    """Run the cases, one at a time, one on each of `--gpus` or several on a CPU, and call `done` after each.
-
-    The first Ctrl-C or SIGTERM is passed on to the processes once and waited for; the second one, or any error here,
-    kills them. No process is left behind.
-
-    Args:
-        deadline: of time.monotonic(); no case is started after it.
-    """
-    gpus = split_list(settings.gpus)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    slots = gpus or ([visible] if environment["device"] == "cuda" else [None] * (settings.processes or 1))
-    waiting, running, passed_on = list(cases), {}, False
-    limit = 60 * settings.timeout_minutes
-    try:
-        while waiting or running:
-            may_start = stop.signal is None and time.monotonic() < deadline
-            for slot, gpu in enumerate(slots):
-                if waiting and may_start and slot not in running:
-                    running[slot] = start(waiting.pop(0), folder, settings.cache_folder, gpu, bool(gpus))
-            if stop.signal is not None and not passed_on:
-                passed_on = True
-                for job in running.values():
-                    job.process.send_signal(stop.signal)
-            for slot, job in list(running.items()):
-                late = time.monotonic() - job.begin > limit
-                if job.process.poll() is None and not late:
-                    continue
-                timed_out = job.process.returncode is None
-                kill_group(job)
-                words = f"took longer than {settings.timeout_minutes:g} minutes; raise --timeout_minutes"
-                conclude(job, folder, environment, timed_out=words if timed_out else None, stopping=passed_on)
-                del running[slot]
-                done(job.case)
-            if not running and not may_start:
-                return
-            time.sleep(0.05)
-    finally:
-        for job in running.values():
-            kill_group(job)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The script
 # --------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a lock on an experiment's folder: two runners would remove each other's run folders."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise SettingsError(f"another compare_techniques.py works in {folder}; use --gpus for several GPUs") from None
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def hang_up_means_stop() -> Iterator[None]:
-    """A closed terminal ends the runner like SIGTERM, so that no process is left; under nohup it goes on."""
-    before = signal.getsignal(signal.SIGHUP)
-    if before == signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def find_environment(settings: Settings) -> dict[str, Any]:
@@ -418,15 +193,7 @@ def find_environment(settings: Settings) -> dict[str, Any]:
         return describe_environment(torch.device("cpu"))
     if settings.processes is not None:
         raise SettingsError("--processes is for the CPU; on a GPU leave it out, or name several GPUs with --gpus")
-    code = "import json, torch, run_folder; print(json.dumps(run_folder.describe_environment(torch.device('cuda'))))"
-    visible = {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else {}
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=HERE, env=os.environ | visible, capture_output=True, text=True
-    )
-    if process.returncode != 0:
-        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SettingsError(f"--device cuda{f' --gpus {settings.gpus}' if gpus else ''}: {reason}")
-    return json.loads(process.stdout) | {"argv": sys.argv}
+    return gpu_environment(gpus[0] if gpus else None, f"--device cuda{f' --gpus {settings.gpus}' if gpus else ''}")
 
 
 def check_settings(settings: Settings) -> list[str]:
@@ -451,17 +218,6 @@ def check_settings(settings: Settings) -> list[str]:
     if settings.dataset_name is not None and settings.dataset_path is not None:
         raise SettingsError("--dataset_name and --dataset_path exclude each other; give one of them")
     return experiments
-
-
-def check_device(cases: Sequence[Case], folder: Path, environment: dict[str, Any]) -> None:
-    """Raise if earlier results are another device's: one table must not mix them, and they are not to be removed."""
-    for case in cases:
-        info = read_info(folder / case.name) or {}
-        names = [str(name).split(" (")[0] for name in (info.get("device_name"), environment["device_name"])]
-        if info.get("status") in FINISHED and names[0] != names[1]:
-            raise SettingsError(
-                f"{folder} holds results of {names[0]}, and this is {names[1]}; choose another --output_folder"
-            )
 
 
 def main() -> int:
@@ -501,6 +257,9 @@ def main() -> int:
                 check_old_folder(folder / case.name)
 
     deadline = time.monotonic() + 60 * (settings.stop_after_minutes or math.inf)
+    gpus = split_list(settings.gpus)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    slots = gpus or ([visible] if environment["device"] == "cuda" else [None] * (settings.processes or 1))
     summary: dict[str, Any] = {"status": "ok", "experiments": []}
     with StopRequest() as stop, hang_up_means_stop():
         for name, folder, cases in plans:
@@ -514,7 +273,18 @@ def main() -> int:
                     write_comparison(folder, name, size, cases, environment)
 
                 try:
-                    run_cases(todo, folder, settings, environment, stop, deadline, done)
+                    run_cases(
+                        todo,
+                        folder,
+                        environment,
+                        stop,
+                        done,
+                        slots=slots,
+                        choose_gpu=bool(gpus),
+                        place={"cache_folder": settings.cache_folder},
+                        timeout_minutes=settings.timeout_minutes,
+                        deadline=deadline,
+                    )
                 except KeyboardInterrupt:  # the second Ctrl-C: the processes are gone, what is finished stays
                     stop.signal = stop.signal or signal.SIGINT
                 left = write_comparison(folder, name, size, cases, environment)

@@ -11,9 +11,9 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from case_runner import Case, read_flags
 from utils import SettingsError
 
 EXPERIMENTS = ("seed", "factorial", "max_batch", "quality")
@@ -137,22 +137,6 @@ CONFOUNDED_CASES = (  # an update is one batch, so an epoch has fewer of them; t
     ("confounded-fp32-gradient-checkpointing-batch-303", f"{FP32} {BLOCK}", "fp32, blocks recomputed, as many tokens"),
 )
 # fmt: on
-
-
-@dataclass
-class Case:
-    """One configuration; `flags` are those that decide about its result."""
-
-    name: str
-    words: str
-    flags: dict[str, str]
-    script: str = "llm_train.py"
-
-
-def read_flags(text: str) -> dict[str, str]:
-    """`--name value --name value` as a dictionary."""
-    words = text.split()
-    return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
 
 
 def split_list(text: str | None) -> list[str]:

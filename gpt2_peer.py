@@ -34,8 +34,8 @@ from dataset import DATASET_NAMES, TextData, load_text_data
 from memory_tracker import MemoryTracker
 from precision import autocast, set_precision
 from run_folder import Interrupted, RunFolder, StepLog, StopRequest, check_writable, describe_environment, now
-from transformer_based_llm import MODEL_SIZES, ModelConfig, count_parameters, model_config
-from utils import SettingsError, is_out_of_memory, parse_settings, run_script, setting
+from transformer_based_llm import MODEL_SIZES, ModelConfig, model_config
+from utils import SettingsError, count_parameters, is_out_of_memory, parse_settings, run_script, setting
 
 
 @dataclass

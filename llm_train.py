@@ -56,11 +56,17 @@ from training_state import capture, load_state, restore, save_state
 from transformer_based_llm import (
     MODEL_SIZES,
     TransformerLM,
-    count_matmul_parameters,
-    count_parameters,
     model_summary,
 )
-from utils import SettingsError, is_out_of_memory, parse_settings, run_script, setting
+from utils import (
+    SettingsError,
+    count_matmul_parameters,
+    count_parameters,
+    is_out_of_memory,
+    parse_settings,
+    run_script,
+    setting,
+)
 
 EVALUATE_ON = ("test", "validation", "none")
 

@@ -18,7 +18,14 @@ from attention import packed_attention
 from attention_support import FULL
 from checkpointing import run_blocks
 from fused_gelu import mlp
-from utils import SettingsError, parse_settings, run_script, setting
+from utils import (
+    SettingsError,
+    count_matmul_parameters,
+    count_parameters,
+    parse_settings,
+    run_script,
+    setting,
+)
 
 # layers, width, heads, context, vocabulary
 MODEL_SIZES = {
@@ -193,16 +200,6 @@ class TransformerLM(nn.Module):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids (batch, tokens), tokens <= context_length, to logits (batch, tokens, vocabulary)."""
         return self.head(self.hidden_states(token_ids))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """All parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_matmul_parameters(model: nn.Module) -> int:
-    """Parameters in matrix products: the weights of linear layers. Embedding tables are looked up, not multiplied."""
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def model_summary(model: TransformerLM) -> str:

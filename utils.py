@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import yaml
+from torch import nn
 from transformers import HfArgumentParser
 
 GIB = 2**30
@@ -153,6 +154,16 @@ def peak_tflops(name: str, precision: str) -> float | None:
         if re.fullmatch(pattern, name):
             return rates[precision]
     return None
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_matmul_parameters(model: nn.Module) -> int:
+    """Parameters in matrix products: the weights of linear layers. Embedding tables are looked up, not multiplied."""
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def training_flops_per_token(

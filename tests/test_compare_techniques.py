@@ -23,6 +23,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+import case_runner
 import compare_techniques
 import comparison_cases
 import gpt2_peer
@@ -31,8 +32,8 @@ from compare_techniques import Settings, effects
 from comparison_cases import FACTORS, all_combinations, make_cases
 from dataset import load_text_data
 from sample_documents import generate_documents
-from transformer_based_llm import TransformerLM, count_matmul_parameters, model_config
-from utils import SettingsError, parse_settings, run_script
+from transformer_based_llm import TransformerLM, model_config
+from utils import SettingsError, count_matmul_parameters, parse_settings, run_script
 
 # A trainer that does in milliseconds what behaviour.json says for the case's name.
 FAKE = """
@@ -182,13 +183,13 @@ def bench(tmp_path, monkeypatch) -> Bench:
     (tmp_path / "device.json").write_text(
         json.dumps(compare_techniques.describe_environment(torch.device("cpu"))["device_name"])
     )
-    original = compare_techniques.command
+    original = case_runner.command
 
-    def command(case, folder, cache_folder):
-        return [sys.executable, str(tmp_path / "fake.py"), *original(case, folder, cache_folder)[2:]]
+    def command(case, folder, place):
+        return [sys.executable, str(tmp_path / "fake.py"), *original(case, folder, place)[2:]]
 
     table = tuple((f"{letter}-batch-125", "--precision fp32", f"case {letter}") for letter in "abcd")
-    monkeypatch.setattr(compare_techniques, "command", command)
+    monkeypatch.setattr(case_runner, "command", command)
     monkeypatch.setattr(comparison_cases, "SEED_CASES", table)
     bench = Bench(tmp_path)
     bench.behave()
@@ -307,7 +308,7 @@ def test_cases_of_other_lists_stay_in_the_comparison(bench):
 
 def test_a_second_runner_is_refused(bench):
     bench.folder().mkdir(parents=True)
-    with compare_techniques.alone(bench.folder()):
+    with case_runner.alone(bench.folder()):
         status, _, err = bench.run()
     assert status == 2 and "another compare_techniques.py" in err and bench.names() == []
 
@@ -500,7 +501,9 @@ def test_every_flag_of_every_case_exists(experiment, size, tmp_path):
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         script = {"llm_train.py": llm_train, "gpt2_peer.py": gpt2_peer}[case.script]
-        settings = parse_settings(script.Settings, compare_techniques.command(case, tmp_path / experiment, "x")[2:])
+        settings = parse_settings(
+            script.Settings, case_runner.command(case, tmp_path / experiment, {"cache_folder": "x"})[2:]
+        )
         assert settings.run_name == case.name and settings.cache_folder == "x" and settings.experiment == experiment
         assert settings.figures is False and "figures" not in case.flags  # no reason to make a finished case anew
         for name, value in case.flags.items():

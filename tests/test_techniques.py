@@ -10,12 +10,10 @@ from precision import autocast, make_scaler, set_precision, unsupported_reason
 from transformer_based_llm import (
     MODEL_SIZES,
     TransformerLM,
-    count_matmul_parameters,
-    count_parameters,
     model_config,
     model_summary,
 )
-from utils import SettingsError
+from utils import SettingsError, count_matmul_parameters, count_parameters
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

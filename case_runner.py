@@ -1,0 +1,316 @@
+"""Run cases of a study, each a script with flags in a process of its own, and see that run.json says how it ended.
+
+compare_techniques.py and patchtst_experiments.py use it. A case is a run folder <experiment>/<case>. A case that ended
+(ok, oom or unsupported) with the same flags is not run again, so that a study goes on after Ctrl-C; errors are tried
+again. No process is left behind.
+
+A fresh process matters: allocator caches, compiled kernels and cuBLAS workspaces of one case would count for the next.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from run_folder import RunFolder, StopRequest, write_atomically
+from utils import SettingsError
+
+HERE = Path(__file__).parent
+FINISHED = ("ok", "oom", "unsupported")
+
+
+@dataclass
+class Case:
+    """One configuration; `flags` are those that decide about its result."""
+
+    name: str
+    words: str
+    flags: dict[str, str]
+    script: str = "llm_train.py"
+
+
+def read_flags(text: str) -> dict[str, str]:
+    """`--name value --name value` as a dictionary."""
+    words = text.split()
+    return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Run folders of the cases
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_info(folder: Path) -> dict[str, Any] | None:
+    """run.json of a folder; None if there is none that a run of this lab wrote."""
+    try:
+        return RunFolder.open(str(folder)).info
+    except SettingsError:
+        return None
+
+
+def same_text(flags: dict[str, str]) -> dict[str, str]:
+    """The flags with a data path's last part only: the same folder may lie elsewhere on another machine."""
+    return {name: Path(value).name if name in ("dataset_path", "data_path") else value for name, value in flags.items()}
+
+
+def status_of(case: Case, folder: Path) -> tuple[str, str]:
+    """(status, what differs): status as in run.json, missing, or changed if it ended but was made with other flags."""
+    info = read_info(folder / case.name)
+    if info is None:
+        return "missing", ""
+    status = info.get("status", "error")
+    if status not in FINISHED:
+        return status, ""
+    before, wanted = same_text((info.get("case") or {}).get("flags", {})), same_text(case.flags)
+    if before == wanted:
+        return status, ""
+    names = [name for name in before | wanted if before.get(name) != wanted.get(name)]
+    changes = (f"--{name} was {before.get(name, 'not given')}, is {wanted.get(name, 'not given')}" for name in names)
+    return "changed", "; ".join(changes)
+
+
+def check_old_folder(folder: Path) -> None:
+    """Raise unless a folder that a case needs is missing, empty or a run of this lab, so that it may be removed."""
+    if folder.exists() and read_info(folder) is None and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"{folder} holds no run.json of a run, so it is not removed; move it or change --cases")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """A case that is running."""
+
+    case: Case
+    process: subprocess.Popen
+    gpu: str | None
+    stdout: IO[str]
+    stderr: IO[str]
+    begin: float
+
+
+def command(case: Case, folder: Path, place: dict[str, str]) -> list[str]:
+    """The words that run a case; `place` are flags that do not decide about its result, such as cache_folder."""
+    place = place | {"output_folder": str(folder.parent), "experiment": folder.name}
+    flags = case.flags | place | {"run_name": case.name, "figures": "false"}  # they can be drawn later
+    return [sys.executable, str(HERE / case.script), *(word for k, v in flags.items() for word in (f"--{k}", v))]
+
+
+def start(case: Case, folder: Path, place: dict[str, str], gpu: str | None, choose_gpu: bool) -> Job:
+    """Remove what an earlier attempt left and start the case in a process group of its own."""
+    check_old_folder(folder / case.name)
+    shutil.rmtree(folder / case.name, ignore_errors=True)
+    text = {"encoding": "utf-8", "errors": "replace", "newline": ""}  # newline: a progress bar's \r stays
+    stdout, stderr = (tempfile.TemporaryFile("w+", **text) for _ in range(2))  # noqa: SIM115
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if choose_gpu else {})
+    if case.flags.get("use_compile") == "true":  # each case compiles anew, so that its compile_s is comparable
+        environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    process = subprocess.Popen(
+        command(case, folder, place),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        env=environment,
+        start_new_session=True,  # the terminal's Ctrl-C reaches the runner only, which passes it on once
+    )
+    return Job(case, process, gpu, stdout, stderr, time.monotonic())
+
+
+def kill_group(job: Job) -> None:
+    """End the process and whatever it started (compile workers), and wait for it."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(job.process.pid, signal.SIGKILL)
+    job.process.wait()
+
+
+def read_lines(file: IO[str]) -> list[str]:
+    """The lines of a process's output that say something; of a progress bar its last state."""
+    file.seek(0)
+    lines = (line.rpartition("\r")[2].rstrip() for line in file.read().replace("\r\n", "\n").split("\n"))
+    return [line for line in lines if line]
+
+
+def conclude(job: Job, folder: Path, environment: dict, *, timed_out: str | None, stopping: bool) -> str:
+    """Make sure that run.json says how a case ended, and leave error.txt if it failed; returns the status."""
+    path, case = folder / job.case.name, job.case
+    lines, code = read_lines(job.stderr), job.process.returncode
+    last_words = read_lines(job.stdout)[-1:]
+    job.stdout.close()
+    job.stderr.close()
+    info = read_info(path)
+    said: dict[str, Any] = {}
+    with suppress(ValueError, IndexError):
+        said = json.loads(last_words[0])
+    status = info.get("status", "running") if info else said.get("status", "running")
+    reason = info.get("error") if info else None
+    ending = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    if timed_out is not None:
+        status, reason = "error", timed_out
+    elif info is None and stopping:
+        return "missing"
+    elif info is None and code == 2 and lines and not any(line.startswith("usage:") for line in lines):
+        status, reason = "unsupported", lines[-1].removeprefix(f"{case.script}: error: ")
+    elif stopping and status in ("running", "interrupted"):
+        status = "interrupted"
+    elif status == "running" or (status == "ok" and (code != 0 or info is None)):
+        status, reason = "error", ": ".join([ending, *lines[-1:]])
+    elif status == "error" and (path / "batch_size_search.csv").exists():
+        probes = (path / "batch_size_search.csv").read_text(encoding="utf-8").splitlines()[1:]
+        if probes and all(",oom," in probe for probe in probes):  # not even one sequence fits: a result, not a failure
+            status = "oom"
+    if status in ("oom", "error") and reason is None:
+        reason = ": ".join([ending, *lines[-1:]])
+    run = RunFolder(path)
+    if info is None:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        run.info = {"experiment": folder.name, "run_name": case.name, **environment, "argv": job.process.args}
+        run.info["settings"] = dict(case.flags)
+    else:
+        run.info = info
+    run.update(status=status, case={"words": case.words, "flags": case.flags, "gpu": job.gpu})
+    if status != "ok":
+        run.update(error=reason)
+        if lines:
+            write_atomically(path / "error.txt", "\n".join(lines[-50:]) + "\n")
+    return status
+
+
+def result_line(case: Case, info: dict[str, Any]) -> str:
+    """Name, status, batch, peak, time and rate of a case; of one that failed its reason."""
+    results = info.get("results") or {}
+    line = f"{case.name:<54} {info.get('status', 'missing'):<12}"
+    if info.get("status") != "ok":
+        return f"{line}{info.get('error') or ''}".rstrip()
+    shown = (("batch_size", ",", "batch"), ("peak_allocated_gib", ".3f", "GiB"), ("step_ms_median", ".1f", "ms"))
+    shown = (*shown, ("tokens_per_s", ",.0f", "tokens/s"))
+    return line + "  ".join(
+        f"{'-' if results.get(key) is None else format(results[key], style):>8} {unit}" for key, style, unit in shown
+    )
+
+
+def run_cases(
+    cases: Sequence[Case],
+    folder: Path,
+    environment: dict[str, Any],
+    stop: StopRequest,
+    done: Callable[[Case], None],
+    *,
+    slots: Sequence[str | None],
+    choose_gpu: bool = False,
+    place: dict[str, str] | None = None,
+    timeout_minutes: float = 30.0,
+    deadline: float = float("inf"),
+) -> None:
+    """Run the cases, one at a time in each slot, and call `done` after each.
+
+    The first Ctrl-C or SIGTERM is passed on to the processes once and waited for; the second one, or any error here,
+    kills them. No process is left behind.
+
+    Args:
+        slots: the GPU of each slot, noted in run.json; None without one. One entry is one case at a time.
+        choose_gpu: make that GPU the only one that the case sees.
+        place: flags beside those of the case that do not decide about its result.
+        timeout_minutes: a case that takes longer is ended and counts as an error.
+        deadline: of time.monotonic(); no case is started after it.
+    """
+    waiting, running, passed_on = list(cases), {}, False
+    try:
+        while waiting or running:
+            may_start = stop.signal is None and time.monotonic() < deadline
+            for slot, gpu in enumerate(slots):
+                if waiting and may_start and slot not in running:
+                    running[slot] = start(waiting.pop(0), folder, place or {}, gpu, choose_gpu)
+            if stop.signal is not None and not passed_on:
+                passed_on = True
+                for job in running.values():
+                    job.process.send_signal(stop.signal)
+            for slot, job in list(running.items()):
+                late = time.monotonic() - job.begin > 60 * timeout_minutes
+                if job.process.poll() is None and not late:
+                    continue
+                timed_out = job.process.returncode is None
+                kill_group(job)
+                words = f"took longer than {timeout_minutes:g} minutes; raise --timeout_minutes"
+                conclude(job, folder, environment, timed_out=words if timed_out else None, stopping=passed_on)
+                del running[slot]
+                done(job.case)
+            if not running and not may_start:
+                return
+            time.sleep(0.05)
+    finally:
+        for job in running.values():
+            kill_group(job)
+
+
+def check_device(cases: Sequence[Case], folder: Path, environment: dict[str, Any]) -> None:
+    """Raise if earlier results are another device's: one table must not mix them, and they are not to be removed."""
+    for case in cases:
+        info = read_info(folder / case.name) or {}
+        names = [str(name).split(" (")[0] for name in (info.get("device_name"), environment["device_name"])]
+        if info.get("status") in FINISHED and names[0] != names[1]:
+            raise SettingsError(
+                f"{folder} holds results of {names[0]}, and this is {names[1]}; choose another --output_folder"
+            )
+
+
+def gpu_environment(gpu: str | None, flags: str) -> dict[str, Any]:
+    """Device and versions of a GPU, asked for in a process of its own, so that the runner holds no memory there.
+
+    Args:
+        gpu: its number as in CUDA_VISIBLE_DEVICES; None is the first.
+        flags: that chose it, for the message.
+
+    Raises:
+        SettingsError: it cannot be used.
+    """
+    code = "import json, torch, run_folder; print(json.dumps(run_folder.describe_environment(torch.device('cuda'))))"
+    visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, env=os.environ | visible, capture_output=True, text=True
+    )
+    if process.returncode != 0:
+        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SettingsError(f"{flags}: {reason}")
+    return json.loads(process.stdout) | {"argv": sys.argv}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a lock on an experiment's folder: two runners would remove each other's run folders."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise SettingsError(f"another {Path(sys.argv[0]).name} works in {folder}; wait for it") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def hang_up_means_stop() -> Iterator[None]:
+    """A closed terminal ends the runner like SIGTERM, so that no process is left; under nohup it goes on."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
