@@ -48,6 +48,7 @@ from attention_support import (
 )
 from memory_tracker import MemoryTracker
 from run_folder import StepClock
+from short_attention import short_attention
 from utils import SettingsError, device_name, is_out_of_memory, parse_settings, percentile, run_script, setting
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -259,6 +260,8 @@ def attention(
             return _flash_attn(q, k, v, causal, window, dropout_p, softmax_scale)
         if backend == "flex":
             return _flex(q, k, v, causal, window, softmax_scale)
+        if backend == "short":
+            return short_attention(torch.stack((q, k, v), dim=2), causal, softmax_scale)
         if backend == "sdpa" or backend in SDPA_KERNELS or backend == "varlen":
             _use_flash_implementation(None)
             if backend == "varlen":
@@ -309,19 +312,22 @@ def packed_attention(
 ) -> torch.Tensor:
     """`attention` on one tensor (batch, tokens, 3, heads, head_dim), as one linear layer makes it.
 
-    flash-attn has a kernel for this layout that writes one gradient tensor; for every other backend autograd joins the
-    three gradients, a copy of 12 bytes read and written for each of heads x head_dim x tokens in 16 bits. Options and
-    result as in `attention`.
+    flash-attn and `short` have a kernel for this layout that writes one gradient tensor; for every other backend
+    autograd joins the three gradients, a copy of 12 bytes read and written for each of heads x head_dim x tokens in 16
+    bits. Options and result as in `attention`.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise SettingsError(f"packed_attention wants (batch, tokens, 3, heads, head_dim), not {tuple(qkv.shape)}")
     if backend == "auto":
         qkv = qkv.to(_kernel_dtype(qkv))
         backend = _auto(qkv, (qkv,), causal, window, dropout_p, packed=True)
-    if backend == "flash_attn" and flash_attn_runs():
-        from flash_attn import flash_attn_qkvpacked_func
-
+    in_place = backend == "flash_attn" and flash_attn_runs()
+    if in_place or (backend == "short" and window == FULL and dropout_p == 0):
         try:
+            if backend == "short":
+                return short_attention(qkv, causal, softmax_scale)
+            from flash_attn import flash_attn_qkvpacked_func
+
             return flash_attn_qkvpacked_func(
                 qkv,
                 dropout_p=dropout_p,
@@ -388,7 +394,7 @@ def _refusal(backend, q, k, v, causal, window, dropout_p):
 class KernelObserver(TorchDispatchMode):
     """Notes which attention operators PyTorch really dispatches to."""
 
-    SIGNS = ("scaled_dot_product", "flash_attn", "_flash_attention", "varlen_attn")
+    SIGNS = ("scaled_dot_product", "flash_attn", "_flash_attention", "varlen_attn", "short_attention")
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,6 +20,7 @@ import warnings
 import torch
 from torch.nn.attention import SDPBackend
 
+from short_attention import interpreted, short_attention_refusal
 from utils import SettingsError
 
 # Name -> what it is. The order is the one of tables and figures.
@@ -35,6 +36,7 @@ BACKENDS = {
     "flash_attn_4": "FlashAttention-4 through torch's activate_flash_attention_impl",
     "varlen": "torch.nn.attention.varlen: a fused kernel with a window, without the package",
     "flex": "torch flex_attention, compiled for the mask",
+    "short": "this lab's kernel for sequences of up to 128 tokens (short_attention.py)",
 }
 SDPA_KERNELS = {
     "sdpa_math": SDPBackend.MATH,
@@ -58,7 +60,9 @@ FLASH_IMPLEMENTATIONS = {
     ),
 }
 WINDOWED = ("eager", "flash_attn", "flash_attn_3", "flash_attn_4", "varlen", "flex")
-WITHOUT_DROPOUT = ("flash_attn_3", "flash_attn_4", "varlen", "flex")
+WITHOUT_DROPOUT = ("flash_attn_3", "flash_attn_4", "varlen", "flex", "short")
+MAX_SEQUENCES = 65535  # an axis of a CUDA grid; these kernels lay the sequences of a batch along one
+LIMITED_SEQUENCES = ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn", "flash_attn_3", "flash_attn_4")
 FULL = (-1, -1)  # no window: every key that the causal rule allows
 INSTALL_FLASH_ATTN = "install it with `uv sync --extra flash` (Linux, NVIDIA GPU, CUDA 12 or newer)"
 
@@ -172,6 +176,8 @@ def unsupported_reason(
         return f"{backend} has no attention dropout; set --dropout 0 or take attention_backend sdpa or flash_attn"
     if backend == "flex":
         return _flex_refusal(device, head_dim, training)
+    if backend == "short" and device.type == "cpu" and interpreted():
+        return short_attention_refusal(tokens, head_dim)
     if device.type != "cuda":
         if backend == "sdpa_flash" and device.type == "cpu":
             if dropout_p > 0:
@@ -179,7 +185,7 @@ def unsupported_reason(
             return None
         return f"{backend} needs an NVIDIA GPU; take attention_backend sdpa, or eager for a window"
     half = dtype in (torch.bfloat16, torch.float16)
-    if not half and backend != "sdpa_efficient":
+    if not half and not (backend == "sdpa_efficient" or (backend == "short" and dtype == torch.float32)):
         return f"{backend}'s kernels run in bf16 or fp16, not {dtype}; change --precision"
     capability = torch.cuda.get_device_capability(device)
     if backend != "sdpa_efficient" and capability < (8, 0):
@@ -187,6 +193,8 @@ def unsupported_reason(
             f"{backend} needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}; "
             "take attention_backend sdpa_efficient, or eager for a window"
         )
+    if backend == "short":
+        return short_attention_refusal(tokens, head_dim)
     if backend in FLASH_IMPLEMENTATIONS:
         wanted = FLASH_IMPLEMENTATIONS[backend][2]
         if capability[0] not in wanted:
@@ -203,6 +211,20 @@ def unsupported_reason(
             return f"{backend} takes heads up to 256 wide{steps}, not {head_dim}; change --num_heads or --embedding_dim"
         return None
     return pytorch_refusal(backend, device, dtype, head_dim, causal, dropout_p, tokens)
+
+
+def sequences_refusal(backend: str, device: torch.device, sequences: int) -> str | None:
+    """Why a backend cannot take that many sequences at once; None if it can.
+
+    Seen on an H100 with PyTorch 2.11 and flash-attn 2.8.3: 65,535 ran, 70,000 were invalid arguments of a launch. The
+    memory-efficient and the short kernel have no such limit.
+    """
+    if device.type != "cuda" or backend not in LIMITED_SEQUENCES or sequences <= MAX_SEQUENCES:
+        return None
+    return (
+        f"{backend} takes at most {MAX_SEQUENCES:,} sequences at once, not {sequences:,}; take attention_backend "
+        "sdpa_efficient, or smaller batches"
+    )
 
 
 def window_refusal(backend: str) -> str:

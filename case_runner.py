@@ -10,6 +10,7 @@ A fresh process matters: allocator caches, compiled kernels and cuBLAS workspace
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,11 @@ def read_flags(text: str) -> dict[str, str]:
     """`--name value --name value` as a dictionary."""
     words = text.split()
     return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def split_list(text: str | None) -> list[str]:
+    """The entries of a comma-separated list; commas in brackets, as in window-(64,0), separate nothing."""
+    return [word.strip() for word in re.split(r",(?![^(]*\))", text or "") if word.strip()]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -109,14 +115,16 @@ def command(case: Case, folder: Path, place: dict[str, str]) -> list[str]:
     return [sys.executable, str(HERE / case.script), *(word for k, v in flags.items() for word in (f"--{k}", v))]
 
 
-def start(case: Case, folder: Path, place: dict[str, str], gpu: str | None, choose_gpu: bool) -> Job:
+def start(
+    case: Case, folder: Path, place: dict[str, str], gpu: str | None, choose_gpu: bool, fresh_compile: bool
+) -> Job:
     """Remove what an earlier attempt left and start the case in a process group of its own."""
     check_old_folder(folder / case.name)
     shutil.rmtree(folder / case.name, ignore_errors=True)
     text = {"encoding": "utf-8", "errors": "replace", "newline": ""}  # newline: a progress bar's \r stays
     stdout, stderr = (tempfile.TemporaryFile("w+", **text) for _ in range(2))  # noqa: SIM115
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if choose_gpu else {})
-    if case.flags.get("use_compile") == "true":  # each case compiles anew, so that its compile_s is comparable
+    if fresh_compile and case.flags.get("use_compile") == "true":
         environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     process = subprocess.Popen(
         command(case, folder, place),
@@ -214,6 +222,7 @@ def run_cases(
     place: dict[str, str] | None = None,
     timeout_minutes: float = 30.0,
     deadline: float = float("inf"),
+    fresh_compile: bool = True,
 ) -> None:
     """Run the cases, one at a time in each slot, and call `done` after each.
 
@@ -226,6 +235,7 @@ def run_cases(
         place: flags beside those of the case that do not decide about its result.
         timeout_minutes: a case that takes longer is ended and counts as an error.
         deadline: of time.monotonic(); no case is started after it.
+        fresh_compile: each case compiles anew, so that the seconds it takes for that are comparable.
     """
     waiting, running, passed_on = list(cases), {}, False
     try:
@@ -233,7 +243,7 @@ def run_cases(
             may_start = stop.signal is None and time.monotonic() < deadline
             for slot, gpu in enumerate(slots):
                 if waiting and may_start and slot not in running:
-                    running[slot] = start(waiting.pop(0), folder, place or {}, gpu, choose_gpu)
+                    running[slot] = start(waiting.pop(0), folder, place or {}, gpu, choose_gpu, fresh_compile)
             if stop.signal is not None and not passed_on:
                 passed_on = True
                 for job in running.values():

@@ -63,6 +63,7 @@ ATTENTION_OPERATORS = (
     "flash_attn._flash_attn_forward.default",
     "flash_attn._flash_attn_varlen_forward.default",
     "torch_attn._varlen_attn.default",
+    "memory_lab.short_attention.default",
 )
 MATMUL_OPERATORS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.linear.default")
 KEPT_OPERATORS = {"selective": ATTENTION_OPERATORS, "selective_matmul": ATTENTION_OPERATORS + MATMUL_OPERATORS}

@@ -46,6 +46,7 @@ from case_runner import (
     read_info,
     result_line,
     run_cases,
+    split_list,
     status_of,
 )
 from comparison_cases import (
@@ -57,7 +58,6 @@ from comparison_cases import (
     combination_name,
     make_cases,
     read_numbers,
-    split_list,
 )
 from dataset import DATASET_NAMES
 from run_folder import StopRequest, check_writable, describe_environment, write_atomically

@@ -9,11 +9,10 @@ what its name says and in nothing else. `smoke` makes the same cases small enoug
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from case_runner import Case, read_flags
+from case_runner import Case, read_flags, split_list
 from utils import SettingsError
 
 EXPERIMENTS = ("seed", "factorial", "max_batch", "quality")
@@ -137,11 +136,6 @@ CONFOUNDED_CASES = (  # an update is one batch, so an epoch has fewer of them; t
     ("confounded-fp32-gradient-checkpointing-batch-303", f"{FP32} {BLOCK}", "fp32, blocks recomputed, as many tokens"),
 )
 # fmt: on
-
-
-def split_list(text: str | None) -> list[str]:
-    """The entries of a comma-separated list; commas in brackets, as in window-(64,0), separate nothing."""
-    return [word.strip() for word in re.split(r",(?![^(]*\))", text or "") if word.strip()]
 
 
 def read_numbers(flag: str, text: str | None, default: str, kind: type) -> list[Any]:

@@ -35,6 +35,7 @@ STYLES = {
     "flash_attn_4": {"color": "#332288", "marker": ">"},
     "varlen": {"color": "#56B4E9", "marker": "P"},
     "flex": {"color": "#CC79A7", "marker": "X"},
+    "short": {"color": "#117733", "marker": "*"},
     "auto": {"color": "black", "marker": "o", "linestyle": "none", "markerfacecolor": "none", "markersize": 11},
 }
 AXES = {  # column -> words of the axis; the order decides what is x where several were varied

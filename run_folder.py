@@ -4,6 +4,7 @@ outputs/<experiment>/<run_name>/ holds run.json (written at the start, completed
 object a step) and what other tools add. Every trainer uses this file; it knows no model.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -95,9 +96,13 @@ class RunFolder:
 
     def log_steps(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append one JSON object a line to steps.jsonl and flush."""
+        self.append("steps.jsonl", rows)
+
+    def append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Append one JSON object a line to a file of this folder and flush."""
 
         def append() -> None:
-            with (self.path / "steps.jsonl").open("a", encoding="utf-8") as file:
+            with (self.path / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
         self._write(append)
@@ -196,6 +201,62 @@ class StepClock:
         return [begin.elapsed_time(end) for begin, end in marks]
 
 
+class LapClock:
+    """One clock for parts that must add up: each lap ends where the next one begins, nothing lies between them.
+
+    On a GPU the marks are CUDA events: what the host does while the GPU is busy costs nothing, and what the GPU waits
+    for (a batch that is not there yet) lies in the lap in which it waits. Without a GPU it is the host's clock.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        """End a lap and begin the next one; the first mark only begins."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def read(self) -> list[float]:
+        """Wait for the device; milliseconds of the laps since the last `read`, and forget them."""
+        marks, self.marks = self.marks, []
+        if not self.cuda:
+            return [1000 * (end - begin) for begin, end in itertools.pairwise(marks)]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in itertools.pairwise(marks)]
+
+
+def step_times(
+    step_ms: Sequence[float], data_ms: Sequence[float], first_ms: float | None, tokens: int, flops_per_token: float
+) -> dict[str, Any]:
+    """The headline of timed steps: median, 20th and 80th percentile (ms), and the rate that follows; null for none.
+
+    Args:
+        step_ms, data_ms: of each timed step.
+        first_ms: of the first step of all.
+        tokens: of a step.
+        flops_per_token: of forward and backward pass; as a fact for the reader.
+    """
+
+    def rounded(values: Sequence[float], percent: float) -> float | None:
+        return round(percentile(values, percent), 3) if len(values) else None
+
+    return {
+        "timed_steps": len(step_ms),
+        "step_ms_median": rounded(step_ms, 50),
+        "step_ms_p20": rounded(step_ms, 20),
+        "step_ms_p80": rounded(step_ms, 80),
+        "first_step_ms": None if first_ms is None else round(first_ms, 3),
+        "data_ms_median": rounded(data_ms, 50),
+        "tokens_per_s": round(1000 * tokens / percentile(step_ms, 50), 1) if len(step_ms) else None,
+        "flops_per_token": flops_per_token,
+    }
+
+
 class StepLog:
     """Times steps, writes them to steps.jsonl and keeps the headline numbers; waits for the device only in `flush`.
 
@@ -269,24 +330,12 @@ class StepLog:
         """Times in ms over the measured steps and the rate that follows; null where the run was too short."""
         begin = 1 + self.tracked_steps
         timed = [(ms, data) for place, ms, data in self.times if begin < place <= begin + self.measured_steps]
-        step_ms = [ms for ms, _ in timed]
-        first = [ms for place, ms, _ in self.times if place == 1]
+        step_ms, data_ms = [ms for ms, _ in timed], [data for _, data in timed]
+        first = next((ms for place, ms, _ in self.times if place == 1), None)
         rate = 1000 * self.tokens_per_update / percentile(step_ms, 50) if timed else None
-
-        def rounded(values: Sequence[float], percent: float) -> float | None:
-            return round(percentile(values, percent), 3) if values else None
-
-        return {
-            "timed_steps": len(timed),
-            "step_ms_median": rounded(step_ms, 50),
-            "step_ms_p20": rounded(step_ms, 20),
-            "step_ms_p80": rounded(step_ms, 80),
-            "first_step_ms": rounded(first, 50),
-            "data_ms_median": rounded([data for _, data in timed], 50),
-            "tokens_per_s": None if rate is None else round(rate, 1),
+        return step_times(step_ms, data_ms, first, self.tokens_per_update, self.flops_per_token) | {
             "mfu": None if rate is None else self._mfu(rate),
             "mfu_denominator_tflops": self.peak_tflops,
-            "flops_per_token": self.flops_per_token,
         }
 
 

@@ -92,6 +92,44 @@ def measure(
     )
 
 
+def interleaved(
+    steps: dict[str, tuple[Callable[[], None], tuple[Any, ...]]],
+    device: torch.device,
+    *,
+    rounds: int,
+    repeats: int,
+    compiled: bool = False,
+) -> dict[str, list[Cost]]:
+    """Measure several steps in turn, round after round, so that a drift of the device's clock meets all of them.
+
+    Args:
+        steps: name -> (the step, its roots), as `measure` wants them.
+        rounds: a cost each.
+        repeats: timed steps of a round.
+        compiled: as in `measure`.
+    """
+    costs: dict[str, list[Cost]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, (step, roots) in steps.items():
+            costs[name].append(measure(step, device, roots=roots, repeats=repeats, compiled=compiled))
+    return costs
+
+
+def middle(costs: Sequence[Cost]) -> Cost:
+    """The round with the median time; one that ran out of memory if there is one."""
+    failed = [cost for cost in costs if cost.status != "ok"]
+    return failed[0] if failed else sorted(costs, key=lambda cost: cost.ms)[len(costs) // 2]
+
+
+def clearly_faster(fast: Sequence[Cost], slow: Sequence[Cost]) -> bool:
+    """Whether every round of one took less time than every round of the other: a difference beyond their noise."""
+    if any(cost.status != "ok" for cost in fast):
+        return False
+    if any(cost.status != "ok" for cost in slow):
+        return True
+    return max(cost.ms for cost in fast) < min(cost.ms for cost in slow)
+
+
 def find_break_even(saves: Callable[[int], bool], sizes: Sequence[int], step: int) -> tuple[int | None, int | None]:
     """The size from which on something saves, by bisection between the points of a grid.
 
@@ -128,6 +166,7 @@ class Study:
         name: of the folder in outputs/techniques/, such as cross_entropy.
         settings: the script's settings dataclass; its `output_folder` says where.
         device: what is measured on.
+        experiment: folder of the results in that folder.
     """
 
     name: str
@@ -135,9 +174,10 @@ class Study:
     device: torch.device
     rows: list[dict[str, Any]] = field(default_factory=list)
     break_even: list[dict[str, Any]] = field(default_factory=list)
+    experiment: str = "techniques"
 
     def __post_init__(self) -> None:
-        check_writable(Path(self.settings.output_folder) / "techniques", "--output_folder")
+        check_writable(Path(self.settings.output_folder) / self.experiment, "--output_folder")
 
     def add(
         self,
@@ -209,11 +249,11 @@ class Study:
         print(f"{question}: {words}")
 
     def save(self, **more: Any) -> Path:
-        """Write outputs/techniques/<name>/run.json and print the path as one JSON object on the last line."""
-        run = RunFolder.create(self.settings.output_folder, "techniques", self.name, unique=True)
+        """Write <experiment>/<name>/run.json and print the path as one JSON object on the last line."""
+        run = RunFolder.create(self.settings.output_folder, self.experiment, self.name, unique=True)
         run.update(
             status="ok",
-            experiment="techniques",
+            experiment=self.experiment,
             run_name=run.path.name,
             **describe_environment(self.device),
             settings=asdict(self.settings),

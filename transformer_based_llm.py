@@ -104,19 +104,23 @@ def model_config(model_size: str, **overrides: object) -> ModelConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention; rows of `qkv` are ordered (three, heads, head_dim), as in flash-attn's MHA."""
+    """Multi-head causal self-attention; rows of `qkv` are ordered (three, heads, head_dim), as in flash-attn's MHA.
+
+    `num_heads` is the number of heads that this layer has now: head_pruning.py may remove some.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.qkv = nn.Linear(config.embedding_dim, 3 * config.embedding_dim, bias=False)
         self.output = nn.Linear(config.embedding_dim, config.embedding_dim, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, width) -> (batch, tokens, width)"""
-        batch, tokens, width = hidden_states.shape
+        batch, tokens, _ = hidden_states.shape
         config = self.config
-        qkv = self.qkv(hidden_states).view(batch, tokens, 3, config.num_heads, config.head_dim)
+        qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
         mixed = packed_attention(
             qkv,
             backend=config.attention_backend,
@@ -124,7 +128,7 @@ class CausalSelfAttention(nn.Module):
             window=config.attention_window,
             dropout_p=config.dropout if self.training else 0.0,
         )  # (batch, tokens, heads, head_dim)
-        return self.output(mixed.reshape(batch, tokens, width))
+        return self.output(mixed.reshape(batch, tokens, self.num_heads * self.head_dim))
 
 
 class MLP(nn.Module):

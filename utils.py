@@ -40,7 +40,11 @@ def setting(default: Any, help_text: str, choices: Sequence[Any] | None = None) 
 
 
 def parse_settings(
-    settings_class: type[Settings], argv: Sequence[str] | None = None, *, saved: dict[str, Any] | None = None
+    settings_class: type[Settings],
+    argv: Sequence[str] | None = None,
+    *,
+    saved: dict[str, Any] | None = None,
+    sections: Sequence[str] = (),
 ) -> Settings:
     """Read flags (`--name value`, bare `--name` for true) over a YAML file (`--config`) over the class's defaults.
 
@@ -48,6 +52,7 @@ def parse_settings(
         settings_class: dataclass whose fields become flags; a field named `config` holds the path of a YAML file.
         argv: the words after the script's name; those of this process if None.
         saved: values that replace the defaults, for example those of the run that is being resumed.
+        sections: names under which the YAML file may group settings; they are headings and mean nothing else.
 
     Raises:
         SettingsError: the YAML file is missing, malformed or has an unknown key.
@@ -63,9 +68,11 @@ def parse_settings(
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise SettingsError(f"--config {path} cannot be read as YAML: {reason}") from None
-        unknown = (
-            sorted(map(str, set(content) - (known - {"config"}))) if isinstance(content, dict) else ["(not a mapping)"]
-        )
+        if isinstance(content, dict):
+            content = flatten_sections(content, sections, path)
+            unknown = sorted(map(str, set(content) - (known - {"config"})))
+        else:
+            unknown = ["(not a mapping)"]
         if unknown:
             raise SettingsError(f"--config {path} has unknown settings: {', '.join(unknown)}")
         # YAML values go through the same conversion as a flag's text, so a wrong type is caught in the same way.
@@ -73,6 +80,23 @@ def parse_settings(
         defaults |= {name: getattr(parser.parse_args(words), name) for name in content}
     parser.set_defaults(**defaults)
     return settings_class(**vars(parser.parse_args(argv)))
+
+
+def flatten_sections(content: dict[Any, Any], sections: Sequence[str], path: str) -> dict[Any, Any]:
+    """The settings of a YAML file without its headings.
+
+    Raises:
+        SettingsError: a heading without settings below it, or a setting given twice.
+    """
+    flat: dict[Any, Any] = {}
+    for key, value in content.items():
+        if key in sections and not isinstance(value, dict | None):
+            raise SettingsError(f"--config {path}: {key} is a heading and needs settings below it, not {value!r}")
+        for name, inner in ((value or {}) if key in sections else {key: value}).items():
+            if name in flat:
+                raise SettingsError(f"--config {path} gives {name} twice")
+            flat[name] = inner
+    return flat
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -300,7 +300,8 @@ def test_the_choice_is_remembered(gpu, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- reasons
 
-ANY_DTYPE = ["eager", "sdpa", "sdpa_math", "sdpa_efficient", "flex"]
+ANY_GPU = ["eager", "sdpa", "sdpa_math", "sdpa_efficient", "flex"]
+ANY_DTYPE = [*ANY_GPU, "short"]
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in FLASH_IMPLEMENTATIONS])
@@ -324,7 +325,7 @@ def test_fp32_runs_elsewhere(gpu, backend):
     assert unsupported_reason(backend, CUDA, FP32) is None
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ANY_DTYPE])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ANY_GPU])
 def test_old_gpus_are_refused(gpu, backend):
     gpu(TURING)
     assert unsupported_reason(backend, CUDA, FP16) == (
@@ -333,7 +334,7 @@ def test_old_gpus_are_refused(gpu, backend):
     )
 
 
-@pytest.mark.parametrize("backend", ANY_DTYPE)
+@pytest.mark.parametrize("backend", ANY_GPU)
 def test_old_gpus_run_the_rest(gpu, backend):
     gpu(TURING)
     assert unsupported_reason(backend, CUDA, FP16) is None

@@ -1,0 +1,254 @@
+"""The experiments of patchtst_train.py: many runs, each in a fresh process, and what they say together.
+
+    python patchtst_train.py --patch_size_exp --dataset ETTm1 --data_path ETTm1.csv
+    python patchtst_train.py --batch_size_exp --num_workers_exp --dataset ETTm1 --data_path ETTm1.csv
+    python patchtst_train.py --horizon_exp --dataset ETTh1 --data_path ETTh1.csv --use_compile true --parallel_runs 4
+    python patchtst_train.py --pruning_exp --dataset ETTh1 --data_path ETTh1.csv
+
+patch_size, batch_size, num_workers: an epoch's data time, compute time and total for textbook and fused attention, one
+thing changed at a time, both in the same precision (bf16 on a GPU, where flash kernels have no fp32), everything else
+as in the course project's configuration (transformers variant: context 512, patches of 12, width 128, 16 heads). The
+first of three epochs warms up.
+horizon: the published comparison, test MSE and MAE at horizons 96, 192, 336 and 720 with three seeds.
+pruning: the whole model, static and dynamic pruning, masked and cut, and models of the pruned size from scratch.
+
+A case is a run folder outputs/patchtst/<experiment>/<case>; other flags than those of the experiment are handed on to
+every case. A case that ended with the same flags is not run again, so the same command goes on after Ctrl-C.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import case_runner
+from case_runner import (
+    FINISHED,
+    Case,
+    alone,
+    check_device,
+    check_old_folder,
+    hang_up_means_stop,
+    read_info,
+    split_list,
+    status_of,
+)
+from run_folder import StopRequest, check_writable, describe_environment, write_atomically
+from utils import SettingsError
+
+PATCH_LENGTHS = (12, 24, 48, 96, 192)
+BATCH_SIZES = (32, 64, 128, 256, 512)
+WORKERS = ("device", 0, 2, 4, 8, 16)
+HORIZONS = (96, 192, 336, 720)
+SEEDS = (0, 1, 2)
+PLACE = (
+    "output_folder",
+    "experiment",
+    "run_name",
+    "config",
+    "figures",
+    "gpus",
+    "only",
+    "parallel_runs",
+    "cache_folder",
+)
+TIMED_EPOCHS = 3  # the first warms up
+LAPTOP = {"embedding_dim": 16, "num_heads": 4, "ffn_dim": 32}  # without a GPU; the shape of the study would take hours
+
+# The pruning study: name, flags, words. "{k}" is 5 of 16 heads, the course project's number, "{half}" half of them.
+PRUNING_CASES = (
+    ("whole", "", "all heads"),
+    ("static-conservative-1", "--prune static_conservative --prune_heads_per_layer 1", "the first head never there"),
+    ("static-random-{k}", "--prune static_random --prune_heads_per_layer {k}", "{k} heads drawn by seed never there"),
+    ("dynamic-{k}", "--prune dynamic --prune_heads_per_layer {k}", "{k} heads by gradient importance, cut"),
+    ("dynamic-{k}-masked", "--prune dynamic --prune_heads_per_layer {k} --prune_mode masked", "the same, masked"),
+    ("dynamic-{k}-weight-norm", "--prune dynamic --prune_heads_per_layer {k} --prune_importance weight_norm",
+     "{k} heads by weight norm, cut"),
+    ("dynamic-{half}", "--prune dynamic --prune_heads_per_layer {half}", "half of the heads by gradient importance"),
+    ("dynamic-0", "--prune dynamic --prune_heads_per_layer 0", "control: the same further training, nothing removed"),
+    ("static-random-{half}", "--prune static_random --prune_heads_per_layer {half}", "half of them never there"),
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cases
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def given_flags(settings: Any, leave_out: Sequence[str]) -> dict[str, str]:
+    """The settings that differ from their defaults, as flags of a case."""
+    flags = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in leave_out or value == field.default:
+            continue
+        flags[field.name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return flags
+
+
+def attention_flags(settings: Any, gpu: bool) -> dict[str, dict[str, str]]:
+    """Flags of the two or three kernels that a sweep compares, in one precision."""
+    precision = settings.precision or ("bf16" if gpu else "fp32")
+    kinds = ("vanilla", "flash", "auto") if gpu else ("vanilla", "flash")
+    return {kind: {"attn_type": kind, "precision": precision} for kind in kinds}
+
+
+def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> list[Case]:
+    """Every case of an experiment in order; `common` are the flags given by hand."""
+    cases: list[Case] = []
+
+    def add(case: str, words: str, *flags: dict[str, Any]) -> None:
+        merged = common.copy()
+        for part in flags:
+            merged |= {key: str(value) for key, value in part.items()}
+        cases.append(Case(case, words, merged, "patchtst_train.py"))
+
+    if name in ("patch_size", "batch_size", "num_workers"):
+        varied = {"patch_size": "patch_length", "batch_size": "batch_size", "num_workers": "num_workers"}[name]
+        for flag in (varied, "attn_type", "attention_backend", "prune", "seeds", "max_steps"):
+            if getattr(settings, flag) != type(settings).__dataclass_fields__[flag].default:
+                raise SettingsError(f"--{flag} is what --{name}_exp sets itself; leave it out")
+        base = {"model_variant": "transformers", "batch_size": 512, "epochs": TIMED_EPOCHS, "evaluate_on": "none"}
+        base |= {"schedule": "constant", "log_every": 50} | ({} if gpu else LAPTOP | {"epochs": 2})
+        base |= {key: value for key, value in common.items() if key in base}
+        values = {"patch_size": PATCH_LENGTHS, "batch_size": BATCH_SIZES, "num_workers": WORKERS}[name]
+        label = {"patch_size": "patch", "batch_size": "batch", "num_workers": "workers"}[name]
+        for value in values:
+            own = {} if value == "device" else {varied: value}
+            for kind, flags in attention_flags(settings, gpu).items():
+                if kind == "auto" and name == "num_workers":
+                    continue
+                place = "windows on the device" if value == "device" else f"{label} {value}"
+                add(f"{label}-{value}-{kind}", f"{place}, {kind} attention", base | flags | own)
+    elif name == "horizon":
+        horizons = HORIZONS if settings.horizon is None else (settings.horizon,)
+        seeds = SEEDS if settings.seeds == "0" else [int(word) for word in settings.seeds.split(",")]
+        for horizon in horizons:
+            for seed in seeds:
+                flags = {"horizon": horizon, "seeds": seed, "log_every": 50}
+                add(f"horizon-{horizon}-seed-{seed}", f"horizon {horizon}, seed {seed}", flags)
+    else:
+        base = {} if settings.num_heads is not None else {"model_variant": "transformers"} | ({} if gpu else LAPTOP)
+        heads = int(settings.num_heads or base.get("num_heads", 16))
+        few, half = max(1, heads * 5 // 16), heads // 2
+        seeds = SEEDS if settings.seeds == "0" else [int(word) for word in settings.seeds.split(",")]
+        for case, flags, words in PRUNING_CASES:
+            case, flags, words = (text.format(k=few, half=half) for text in (case, flags, words))
+            for seed in seeds:
+                own = base | case_runner.read_flags(flags) | {"seeds": seed, "log_every": 50}
+                add(f"{case}-seed-{seed}", words, own)
+    return cases
+
+
+def folder_of(name: str, settings: Any) -> Path:
+    """Where an experiment's cases lie; those of horizon by data set, because each has its own published results."""
+    data = settings.dataset or ("sample" if settings.data_path is None else Path(settings.data_path).name.split(".")[0])
+    own = f"{name}-{data}" if name == "horizon" else name
+    return Path(settings.output_folder) / settings.experiment / own
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Running
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def result_line(case: Case, info: dict[str, Any]) -> str:
+    """Name, status, times, memory and errors of a case; of one that failed its reason."""
+    results = info.get("results") or {}
+    line = f"{case.name:<32} {info.get('status', 'missing'):<12}"
+    if info.get("status") != "ok":
+        return f"{line}{info.get('error') or ''}".rstrip()
+    shown = (("epoch_data_s", ".3f", "s data"), ("epoch_compute_s", ".3f", "s compute"))
+    shown += (("step_ms_median", ".2f", "ms"), ("peak_allocated_gib", ".3f", "GiB"))
+    shown += (("validation_mse", ".4f", "val"), ("test_mse", ".4f", "test MSE"))
+    cells = [(results[key], style, unit) for key, style, unit in shown if results.get(key) is not None]
+    return line + "  ".join(f"{format(value, style):>8} {unit}" for value, style, unit in cells)
+
+
+def run(settings: Any, chosen: list[str]) -> int:
+    """Run what is left of the experiments, draw their figures and print one JSON object; returns the exit status."""
+    names = [name.removesuffix("_exp") for name in chosen]
+    gpu = settings.device != "cpu" and torch.cuda.is_available()
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
+    if settings.parallel_runs < 1:
+        raise SettingsError(f"--parallel_runs must be at least 1, not {settings.parallel_runs}")
+    if settings.parallel_runs > 1 and not set(names) <= {"horizon", "pruning"}:
+        raise SettingsError("--parallel_runs above 1 would spoil the times that the sweeps measure; leave it out")
+    gpus = split_list(settings.gpus)
+    if gpus and not gpu:
+        raise SettingsError("--gpus needs NVIDIA GPUs, and there is none here; leave it out")
+    leave_out = (*PLACE, *chosen)
+    common = given_flags(settings, leave_out)
+    environment = describe_environment(torch.device("cpu"))
+    if gpu:
+        environment = case_runner.gpu_environment(gpus[0] if gpus else None, "--device cuda")
+    plans = []
+    for name in names:
+        common_here = {
+            key: value for key, value in common.items() if key not in ("seeds", "horizon") or name != "horizon"
+        }
+        common_here = {key: value for key, value in common_here.items() if key != "seeds" or name != "pruning"}
+        cases = make_cases(name, settings, gpu, common_here)
+        plans.append((name, folder_of(name, settings), cases))
+    only = split_list(settings.only)
+    unknown = set(only) - {case.name for _, _, cases in plans for case in cases}
+    if unknown:
+        raise SettingsError(f"--only: no case is named {', '.join(sorted(unknown))}")
+    for _, folder, cases in plans:
+        check_writable(folder, "--output_folder")
+        check_device(cases, folder, environment)
+        for case in cases:
+            if status_of(case, folder)[0] not in FINISHED:
+                check_old_folder(folder / case.name)
+    slots = [slot for slot in (gpus or ["0" if gpu else None]) for _ in range(settings.parallel_runs)]
+    summary: dict[str, Any] = {"status": "ok", "experiments": []}
+    with StopRequest() as stop, hang_up_means_stop():
+        for name, folder, cases in plans:
+            with alone(folder):
+                todo = [case for case in cases if status_of(case, folder)[0] not in FINISHED]
+                todo = [case for case in todo if not only or case.name in only]
+                print(f"{folder}: {len(cases)} cases, {len(todo)} to run", flush=True)
+                begin = time.monotonic()
+
+                def done(case: Case, folder: Path = folder, begin: float = begin) -> None:
+                    line = result_line(case, read_info(folder / case.name) or {})
+                    print(f"{line}   [{time.monotonic() - begin:.0f} s]", flush=True)
+
+                case_runner.run_cases(
+                    todo,
+                    folder,
+                    environment,
+                    stop,
+                    done,
+                    slots=slots,
+                    choose_gpu=bool(gpus),
+                    place={"cache_folder": settings.cache_folder},
+                    timeout_minutes=120,
+                    fresh_compile=False,
+                )
+                rows = []
+                for case in cases:
+                    info = read_info(folder / case.name) or {}
+                    rows.append({"name": case.name, "words": case.words, "flags": case.flags})
+                    rows[-1] |= {"status": status_of(case, folder)[0], "error": info.get("error")}
+                left = [row["name"] for row in rows if row["status"] not in FINISHED]
+                content = {"experiment": name, "finished": not left, "parallel_runs": settings.parallel_runs}
+                content |= {key: environment[key] for key in ("device_name", "git_commit")} | {"cases": rows}
+                write_atomically(folder / "experiment.json", json.dumps(content, indent=2) + "\n")
+                summary["experiments"].append({"folder": str(folder), "left": left})
+                if settings.figures and not left:
+                    import plot_patchtst  # matplotlib takes seconds to load
+
+                    for path in plot_patchtst.plot_experiment(folder):
+                        print(path)
+    left = [name for entry in summary["experiments"] for name in entry["left"] if not only or name in only]
+    summary["status"] = "interrupted" if stop.signal else "incomplete" if left else "ok"
+    print(json.dumps(summary))
+    if stop.signal is not None:
+        return stop.exit_status
+    return 1 if left else 0

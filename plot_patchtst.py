@@ -1,0 +1,465 @@
+"""Draw the figures of patchtst_train.py from the files in its run folders and from nothing else.
+
+    python plot_patchtst.py outputs/patchtst/RUN              one run: errors by epoch, forecasts, memory of each phase
+    python plot_patchtst.py outputs/patchtst/patch_size       an experiment: its comparison
+
+A case that ended with `oom`, `error` or `unsupported` is a cross with its status, never left out. Errors are those of
+the standardised channels. Prints the paths it wrote.
+"""
+
+import csv
+import itertools
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from plot import BLUE, DPI, GREEN, GREY, ORANGE, RED, WIDTH_INCHES, caption, memory_figure, new_figure, read_run, save
+from utils import SettingsError, run_script
+
+KINDS = {"vanilla": ("textbook attention", BLUE), "flash": ("flash attention", ORANGE), "auto": ("auto", GREEN)}
+SWEEPS = {  # experiment: file, title, label of the x axis
+    "patch_size": ("patchsize_plot.png", "Patch length", "patch length (rows); tokens of a sequence"),
+    "batch_size": ("batchsize_plot.png", "Batch size", "batch size (windows)"),
+    "num_workers": ("numworkers_plot.png", "Worker processes", "worker processes that cut windows"),
+}
+PUBLISHED = {  # Nie et al. 2023, table 3: test MSE of PatchTST/42 and /64
+    "ETTh1": {96: (0.375, 0.370), 192: (0.414, 0.413), 336: (0.431, 0.422), 720: (0.449, 0.447)},
+    "ETTm1": {96: (0.290, 0.293), 192: (0.332, 0.333), 336: (0.366, 0.369), 720: (0.420, 0.416)},
+}
+LINE_COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#8C6D1F", GREY, "black")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """One dict a line of a .jsonl file; [] without it."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+@dataclass
+class Case:
+    """A case of an experiment as its files tell."""
+
+    name: str
+    words: str
+    status: str
+    error: str | None
+    info: dict[str, Any]
+    epochs: list[dict[str, Any]]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return self.info.get("results") or {}
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+def read_experiment(folder: Path) -> tuple[str, list[Case]]:
+    """The experiment's name and its cases in order.
+
+    Raises:
+        SettingsError: no experiment.json, or a damaged one.
+    """
+    path = folder / "experiment.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        name, rows = content["experiment"], content["cases"]
+    except OSError:
+        raise SettingsError(f"{folder} has no experiment.json, so it is no experiment of patchtst_train.py") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{path} is damaged: {error!r}") from None
+    cases = []
+    for row in rows:
+        own = folder / row["name"]
+        info = json.loads((own / "run.json").read_text(encoding="utf-8")) if (own / "run.json").is_file() else {}
+        epochs = read_lines(own / "epochs.jsonl")
+        cases.append(Case(row["name"], row["words"], row["status"], row.get("error"), info, epochs))
+    return name, cases
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def error_figure(folder: Path) -> Figure:
+    """Train and validation MSE against epochs; the best epoch, and the test MSE that was reported."""
+    run, epochs = read_run(folder), read_lines(folder / "epochs.jsonl")
+    figure, (ax,) = new_figure(f"MSE by epoch: {run.name}", caption([run], [len(epochs)], "epochs"))
+    ax.set(xlabel="epoch", ylabel="MSE of the standardised channels")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    marker = "." if len(epochs) <= 30 else None
+    for key, label, colour in (("train_mse", "training", BLUE), ("validation_mse", "validation", ORANGE)):
+        points = [(row["epoch"], row[key]) for row in epochs if row.get(key) is not None]
+        if points:
+            ax.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+    results = run.info.get("results") or {}
+    if results.get("best_epoch"):
+        ax.axvline(results["best_epoch"], color=GREEN, linestyle="--", label=f"best epoch: {results['best_epoch']}")
+        ax.axhline(
+            results["test_mse"], color=RED, linestyle=":", label=f"test, best weights: {results['test_mse']:.4f}"
+        )
+    mark_removals(ax, epochs, "fewer heads from here on")
+    ax.legend(fontsize=10)
+    return figure
+
+
+def mark_removals(ax: Axes, epochs: Sequence[dict[str, Any]], label: str | None, colour: str = GREY) -> None:
+    """A thin line before each epoch that begins with fewer heads than the one before."""
+    for before, after in itertools.pairwise(epochs):
+        if sum(after.get("heads", [])) < sum(before.get("heads", [])):
+            ax.axvline(after["epoch"] - 0.5, color=colour, linewidth=0.8, label=label)
+            label = None
+
+
+def forecast_figure(folder: Path) -> Figure:
+    """Forecast against truth for each channel (at most eight), from forecast.csv."""
+    with (folder / "forecast.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    channels = [name for name in rows[0] if name not in ("date", "row") and f"{name} forecast" in rows[0]]
+    run = read_run(folder)
+    steps = np.array([int(row["row"]) for row in rows])
+    horizon = int(steps.max()) + 1
+    shown = steps >= -min(-int(steps.min()), 2 * horizon)
+    columns = 2 if len(channels) > 1 else 1
+    lines = math.ceil(len(channels) / columns)
+    figure = Figure(figsize=(WIDTH_INCHES, 1.5 + 1.75 * lines), dpi=DPI, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True)
+    first = rows[int(np.flatnonzero(steps == 0)[0])]["date"].replace("T", " ")
+    title = f"Forecast of the window in the middle of test, from {first} on: {run.name}"
+    figure.suptitle(f"{title}\n{caption([run], [1], 'window')}", fontsize=10.5, x=0.01, ha="left")
+    for ax, name in zip(axes.flat, channels, strict=False):
+        truth = np.array([float(row[name]) for row in rows])
+        forecast = np.array([float(row[f"{name} forecast"] or "nan") for row in rows])
+        ax.plot(steps[shown], truth[shown], color=GREY, linewidth=1.2, label="truth")
+        ax.plot(steps, forecast, color=ORANGE, linewidth=1.6, label="forecast")
+        ax.axvline(-0.5, color="black", linewidth=0.6)
+        ax.set_title(name, fontsize=9.5, loc="left")
+        ax.set_xlim(steps[shown].min(), horizon)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    for ax in list(axes.flat)[len(channels) :]:
+        ax.set_axis_off()
+    for ax in axes[-1]:
+        ax.set_xlabel("rows from the beginning of the forecast")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("standardised")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9.5, frameon=False)
+    return figure
+
+
+def plot_run(folder: Path) -> list[Path]:
+    """Write mse_curves.png, memory_per_phase.png and, after an evaluation, forecast.png into the run's folder."""
+    folder = Path(folder)
+    figures = {"mse_curves.png": error_figure(folder), "memory_per_phase.png": memory_figure(read_run(folder))}
+    if (folder / "forecast.csv").is_file():
+        figures["forecast.png"] = forecast_figure(folder)
+    return [save(figure, folder / name) for name, figure in figures.items()]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sweeps
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def facts(cases: Sequence[Case]) -> str:
+    """Device, precision, data set and what does not change over the cases."""
+    known = [case.info for case in cases if case.info]
+    parts = []
+    for values in (
+        [info.get("device_name") for info in known],
+        [info.get("precision") for info in known],
+        [(info.get("dataset") or {}).get("name") for info in known],
+    ):
+        parts += [", ".join(dict.fromkeys(str(value) for value in values if value))]
+    model = [info.get("model") or {} for info in known]
+    for key, word in (("context_length", "context"), ("patch_length", "patches of"), ("embedding_dim", "width")):
+        values = {shape.get(key) for shape in model}
+        parts += [f"{word} {values.pop()}"] if len(values) == 1 else []
+    batches = {info.get("batch_size") for info in known}
+    parts += [f"batch {batches.pop()}"] if len(batches) == 1 else []
+    return " | ".join(part for part in parts if part)
+
+
+def sweep_figure(name: str, cases: Sequence[Case]) -> Figure:
+    """Seconds of an epoch, data on top of compute, for each kernel; beside it the time that fused attention saves."""
+    _, title, x_label = SWEEPS[name]
+    rows: dict[str, dict[str, Case]] = {}
+    for case in cases:
+        _, value, kind = case.name.rsplit("-", 2)
+        rows.setdefault(value, {})[kind] = case
+    kinds = [kind for kind in KINDS if any(kind in row for row in rows.values())]
+    timed = max((case.results.get("timed_epochs") or 0 for case in cases), default=0)
+    figure = Figure(figsize=(WIDTH_INCHES, 5.2), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
+    figure.suptitle(
+        f"{title}: time of a training epoch\n{facts(cases)} | n = {timed} timed epochs a bar",
+        fontsize=10.5,
+        x=0.01,
+        ha="left",
+    )
+    width, places = 0.8 / len(kinds), np.arange(len(rows))
+    top = max((case.results.get("epoch_total_s") or 0 for case in cases), default=1.0)
+    for number, kind in enumerate(kinds):
+        for place, row in zip(places, rows.values(), strict=True):
+            case = row.get(kind)
+            at = place + (number - (len(kinds) - 1) / 2) * width
+            if case is None:
+                continue
+            if not case.ok or case.results.get("epoch_total_s") is None:
+                left.plot([at], [0.04 * top], "x", color=RED, markersize=9, markeredgewidth=2)
+                left.text(at, 0.07 * top, case.status, color=RED, fontsize=8, ha="center", rotation=90)
+                continue
+            compute, data = case.results["epoch_compute_s"], case.results["epoch_data_s"]
+            left.bar(at, compute, 0.92 * width, color=KINDS[kind][1])
+            left.bar(at, data, 0.92 * width, bottom=compute, color="white", edgecolor=KINDS[kind][1], hatch="////")
+            total = compute + data
+            left.text(
+                at, total + 0.01 * top, f"{total:.2f}" if total < 10 else f"{total:.1f}", fontsize=7.5, ha="center"
+            )
+    labels = []
+    for value, row in rows.items():
+        case = next(iter(row.values()))
+        shape = case.info.get("model") or {}
+        tokens = ""
+        if name == "patch_size" and shape:
+            count = (
+                (shape["context_length"] - shape["patch_length"]) // shape["patch_stride"] + 1 + shape["end_padding"]
+            )
+            tokens = f"\n{count} tokens"
+        labels.append(f"{value}{tokens}")
+    left.set_xticks(places, labels, fontsize=9)
+    left.set(xlabel=x_label, ylabel="seconds of an epoch", ylim=(0, 1.1 * top or 1.0))
+    handles = [Patch(color=KINDS[kind][1], label=f"{KINDS[kind][0]}, compute") for kind in kinds]
+    handles.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="waiting for data, on top"))
+    for number, kind in enumerate(kind for kind in kinds if kind != "vanilla"):
+        points = []
+        for place, row in zip(places, rows.values(), strict=True):
+            pair = [
+                (row[k].results.get("epoch_total_s") if k in row and row[k].ok else None) for k in ("vanilla", kind)
+            ]
+            if None not in pair:
+                points.append((place + 0.08 * number, 100 * (1 - pair[1] / pair[0])))
+        if points:
+            right.plot(*zip(*points, strict=True), "o-", color=KINDS[kind][1], label=KINDS[kind][0])
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set_xticks(places, list(rows), fontsize=9)
+    right.set(xlabel=x_label.split(";")[0], ylabel="time saved against textbook attention (%)")
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_axisbelow(True)
+        ax.grid(alpha=0.25, axis="y")
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9.5, frameon=False)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Horizons
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def by_prefix(cases: Sequence[Case]) -> dict[str, list[Case]]:
+    """Cases named <what>-seed-<n>, by what."""
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        found.setdefault(case.name.rsplit("-seed-", 1)[0], []).append(case)
+    return found
+
+
+def horizon_figure(cases: Sequence[Case]) -> Figure:
+    """Test MSE of every seed and their mean by horizon, beside the published figures and a forecast without a model."""
+    groups = by_prefix(cases)
+    data = next((case.info["dataset"]["name"] for case in cases if case.info), "?")
+    figure, (ax,) = new_figure(f"Test MSE by horizon: {data}", facts(cases))
+    ax.set(xlabel="horizon (rows)", ylabel="test MSE of the standardised channels")
+    for place, (name, group) in enumerate(groups.items()):
+        values = [case.results["test_mse"] for case in group if case.ok]
+        if values:
+            label = "mean of the seeds" if place == 0 else None
+            ax.bar(place, np.mean(values), 0.5, color=BLUE, label=label)
+            ax.plot([place + 0.06 * (i - 1) for i in range(len(values))], values, ".", color="black", markersize=5,
+                    label=f"each of {len(values)} seeds" if place == 0 else None)  # fmt: skip
+            ax.text(place, 0.01, f"{np.mean(values):.4f}", ha="center", color="white", fontsize=10, weight="bold")
+        failed = [case.status for case in group if not case.ok]
+        if failed:
+            ax.plot([place + 0.3], [0.02], "x", color=RED, markersize=9, markeredgewidth=2)
+            ax.text(place + 0.34, 0.02, ", ".join(sorted(set(failed))), color=RED, fontsize=8.5, va="center")
+        horizon = int(name.rsplit("-", 1)[1])
+        for number, (label, colour) in enumerate((("PatchTST/42, published", ORANGE), ("PatchTST/64, published", RED))):
+            if data in PUBLISHED and horizon in PUBLISHED[data]:
+                value = PUBLISHED[data][horizon][number]
+                ax.hlines(value, place - 0.36, place + 0.36, color=colour, linewidth=2, linestyle=("-", ":")[number],
+                          label=label if place == 0 else None)  # fmt: skip
+        day = [(case.results.get("baselines") or {}).get("repeat last day") for case in group if case.ok]
+        if day and day[0]:
+            ax.hlines(day[0]["mse"], place - 0.36, place + 0.36, color=GREY, linewidth=2, linestyle="--",
+                      label="repeat the last day (no model)" if place == 0 else None)  # fmt: skip
+    ax.set_xticks(range(len(groups)), [name.rsplit("-", 1)[1] for name in groups])
+    figure.legend(loc="outside lower center", ncols=5, fontsize=9.5, frameon=False)
+    return figure
+
+
+def curves_figure(cases: Sequence[Case]) -> Figure:
+    """Train and validation MSE against epochs, a panel for each horizon, a line for each seed."""
+    groups = by_prefix(cases)
+    figure, axes = new_figure("Training and validation MSE by epoch", facts(cases), len(groups))
+    for ax, (name, group) in zip(axes, groups.items(), strict=True):
+        for number, case in enumerate(group):
+            for key, colour, label in (("train_mse", BLUE, "training"), ("validation_mse", ORANGE, "validation")):
+                points = [(row["epoch"], row[key]) for row in case.epochs if row.get(key) is not None]
+                if points:
+                    ax.plot(*zip(*points, strict=True), color=colour, linewidth=1, alpha=0.8,
+                            label=f"{label}, each seed" if number == 0 else None)  # fmt: skip
+            best = case.results.get("best_epoch")
+            if best:
+                ax.plot([best], [case.results["validation_mse"]], "v", color=RED, markersize=6,
+                        label="best validation" if number == 0 else None)  # fmt: skip
+        ax.set_title(name.replace("-", " "), fontsize=10)
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes[0].set_ylabel("MSE of the standardised channels")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9.5, frameon=False)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pruning
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def pruning_figure(cases: Sequence[Case]) -> Figure:
+    """Validation MSE against epochs (mean of the seeds); test MSE of every seed, and right after the removal."""
+    groups = by_prefix(cases)
+    figure = Figure(figsize=(WIDTH_INCHES, 6.2), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    seeds = max(len(group) for group in groups.values())
+    figure.suptitle(
+        f"Pruned heads: validation MSE in training, test MSE at the end\n{facts(cases)} | n = {seeds} seeds",
+        fontsize=10.5,
+        x=0.01,
+        ha="left",
+    )
+    for number, (name, group) in enumerate(groups.items()):
+        colour = LINE_COLOURS[number % len(LINE_COLOURS)]
+        done = [case for case in group if case.ok]
+        shortest = min((len(case.epochs) for case in done), default=0)
+        if shortest:
+            values = np.array([[row["validation_mse"] for row in case.epochs[:shortest]] for case in done])
+            epochs = [row["epoch"] for row in done[0].epochs[:shortest]]
+            style = "--" if name.endswith("masked") else "-"
+            left.plot(epochs, values.mean(0), color=colour, linewidth=1.5, linestyle=style, label=name)
+        at = [case.results["test_mse"] for case in done]
+        right.plot(at, [number] * len(at), "o", color=colour, markersize=6, alpha=0.8)
+        if at:
+            right.plot([np.mean(at)], [number], "|", color="black", markersize=16, markeredgewidth=2)
+        after = [(case.results.get("pruning") or {}).get("after") for case in done]
+        after = [found["test_mse"] for found in after if found]
+        right.plot(after, [number] * len(after), "x", color=colour, markersize=6)
+        failed = [case.status for case in group if not case.ok]
+        if failed:
+            right.text(0.02, number, f"x {', '.join(failed)}", color=RED, transform=right.get_yaxis_transform())
+    left.set(xlabel="epoch", ylabel="validation MSE of the standardised channels, mean of the seeds")
+    left.legend(fontsize=8)
+    right.set_yticks(range(len(groups)), list(groups), fontsize=9)
+    right.invert_yaxis()
+    right.set_xlabel("test MSE: dots each seed, bar their mean,\ncrosses right after the removal, untrained")
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Break-even
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def break_even_figure(folder: Path) -> Figure:
+    """Time of a training step against the tokens of a sequence, relative to textbook attention; eager and compiled."""
+    info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    rows = info["results"]["break_even_times"]
+    kinds = [False, True] if any(row["compiled"] for row in rows) else [False]
+    settings = info["settings"]
+    facts_here = f"{info['device_name']} | {settings['precision']} | width {settings['embedding_dim']}, "
+    facts_here += (
+        f"{settings['num_heads']} heads | as many tokens in every batch | band: all of {settings['rounds']} rounds"
+    )
+    figure, axes = new_figure("Training step with fused attention against textbook attention", facts_here, len(kinds))
+    for ax, compiled in zip(axes, kinds, strict=True):
+        own = [row for row in rows if row["compiled"] is compiled]
+        backends = [name for name in own[0]["ms"] if name != "eager"]
+        tokens = [row["tokens"] for row in own]
+        for colour, name in zip((ORANGE, GREEN, BLUE, RED), backends, strict=False):
+            known = [(row["tokens"], row["ms"][name], row["ms"]["eager"]) for row in own]
+            known = [row for row in known if None not in row[1] and None not in row[2]]
+            x = [row[0] for row in known]
+            ax.plot(x, [np.median(row[1]) / np.median(row[2]) for row in known], "o-", color=colour, label=name)
+            low, high = ([pick(row[1]) / other(row[2]) for row in known] for pick, other in ((min, max), (max, min)))
+            ax.fill_between(x, low, high, color=colour, alpha=0.25)
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.set(xscale="log", xlabel="tokens of a sequence", title="compiled" if compiled else "not compiled")
+        ax.set_xticks(tokens, [str(value) for value in tokens], fontsize=8, rotation=60)
+        ax.minorticks_off()
+        ax.set_ylim(0, None)
+    axes[0].set_ylabel("time of a step / that with textbook attention")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9.5, frameon=False)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def plot_experiment(folder: Path) -> list[Path]:
+    """Write the figures of an experiment into its folder and return their paths."""
+    name, cases = read_experiment(folder)
+    if name in SWEEPS:
+        return [save(sweep_figure(name, cases), folder / SWEEPS[name][0])]
+    if name == "horizon":
+        return [
+            save(horizon_figure(cases), folder / "test_mse.png"),
+            save(curves_figure(cases), folder / "mse_curves.png"),
+        ]
+    return [save(pruning_figure(cases), folder / "val_mse_pruning.png")]
+
+
+def main() -> int:
+    """Draw what every folder given on the command line holds."""
+    folders = [Path(word) for word in sys.argv[1:]]
+    if not folders or any(word.startswith("-") for word in sys.argv[1:]):
+        print(__doc__)
+        return 0 if set(sys.argv[1:]) & {"-h", "--help"} else 2
+    for folder in folders:
+        if (folder / "experiment.json").is_file():
+            paths = plot_experiment(folder)
+        elif (folder / "run.json").is_file():
+            info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            if "break_even_times" in (info.get("results") or {}):
+                paths = [save(break_even_figure(folder), folder / "break_even.png")]
+            else:
+                paths = plot_run(folder)
+        else:
+            raise SettingsError(f"{folder} has neither run.json nor experiment.json, so there is nothing to draw")
+        print(*paths, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
