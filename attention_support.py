@@ -177,7 +177,7 @@ def unsupported_reason(
     if backend == "flex":
         return _flex_refusal(device, head_dim, training)
     if backend == "short" and device.type == "cpu" and interpreted():
-        return short_attention_refusal(tokens, head_dim)
+        return short_attention_refusal(dtype, tokens, head_dim)
     if device.type != "cuda":
         if backend == "sdpa_flash" and device.type == "cpu":
             if dropout_p > 0:
@@ -185,7 +185,7 @@ def unsupported_reason(
             return None
         return f"{backend} needs an NVIDIA GPU; take attention_backend sdpa, or eager for a window"
     half = dtype in (torch.bfloat16, torch.float16)
-    if not half and not (backend == "sdpa_efficient" or (backend == "short" and dtype == torch.float32)):
+    if not half and backend not in ("sdpa_efficient", "short"):
         return f"{backend}'s kernels run in bf16 or fp16, not {dtype}; change --precision"
     capability = torch.cuda.get_device_capability(device)
     if backend != "sdpa_efficient" and capability < (8, 0):
@@ -194,7 +194,7 @@ def unsupported_reason(
             "take attention_backend sdpa_efficient, or eager for a window"
         )
     if backend == "short":
-        return short_attention_refusal(tokens, head_dim)
+        return short_attention_refusal(dtype, tokens, head_dim)
     if backend in FLASH_IMPLEMENTATIONS:
         wanted = FLASH_IMPLEMENTATIONS[backend][2]
         if capability[0] not in wanted:
@@ -266,7 +266,8 @@ def choose_backend(
 
     Measured on an H100 (outputs/attention_benchmark; a test holds the rule against those numbers). Without a window
     cuDNN's kernel is the fastest of all, with two exceptions. Up to a context of 128 (64 without a backward pass) the
-    memory-efficient kernel wins, whose tiles are the smallest. And where training takes q, k and v out of one packed
+    memory-efficient kernel wins, whose tiles are the smallest, and in training narrow heads of a packed tensor are
+    fastest in this lab's own (outputs/techniques/short_attention). And where training takes q, k and v out of a packed
     tensor and the context is a few whole tiles of 128, the copy that joins the three gradients costs more than cuDNN
     gains; flash-attn's packed kernel writes them in place. With a window flash-attn skips tiles best. Other GPUs have
     not been measured; their order is that of the FlashAttention-2 paper.
@@ -289,6 +290,9 @@ def choose_backend(
     elif hopper and packed and training and tokens in ((256, 384, 512) if causal else (128, 256)):
         candidates = ["flash_attn", "sdpa_cudnn", "sdpa_flash"]
         why = "short context: flash-attn's packed kernel spares joining the gradients of q, k and v"
+    elif hopper and packed and training and tokens <= 64 and head_dim <= 16 and dtype != torch.float32:
+        candidates = ["short", "sdpa_efficient", "sdpa_cudnn", "sdpa_flash"]
+        why = "fastest first on Hopper for a short sequence of narrow heads"
     elif hopper and tokens <= (128 if training else 64):
         candidates = ["sdpa_efficient", "sdpa_cudnn", "flash_attn", "sdpa_flash"]
         why = "fastest first on Hopper at so short a context"

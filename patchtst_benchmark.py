@@ -1,6 +1,6 @@
 """PatchTST's training step beside that of the transformers library, and from how many tokens on fused attention pays.
 
-    python patchtst_benchmark.py                        both questions (tiny sizes without a GPU, about a minute)
+    python patchtst_benchmark.py                        all questions (tiny sizes without a GPU, about a minute)
     python patchtst_benchmark.py --questions peer       the peer alone
     python patchtst_benchmark.py --questions break_even --precision fp32
 
@@ -13,6 +13,8 @@ library adds fp32 positions and so carries fp32 through every layer), BatchNorm 
 break_even: the same step with textbook and with fused attention at a fixed number of tokens in a batch and a rising
 number of tokens in a sequence: windows get longer and fewer. Measured in turn, several rounds; faster is faster in
 every round. Without the compiler the fused kernel also saves launches, so both are asked.
+
+pruned_step: the step of the whole model beside those of models with fewer heads, masked and cut, from the same weights.
 
 Source: https://huggingface.co/docs/transformers/model_doc/patchtst
 """
@@ -29,13 +31,14 @@ from torch import nn
 
 from attention import observe_kernel, prepare_for_compile
 from attention_support import BACKENDS, FULL, choose_backend, choose_flash_backend, unsupported_reason
+from head_pruning import MODES, attention_layers, remove_heads, static_choice
 from optimizers import make_optimizer
-from patchtst import PatchTST, patchtst_config
+from patchtst import PatchTST, flops_per_window, patchtst_config
 from precision import AUTOCAST_DTYPES, autocast, set_precision
 from technique_bench import Cost, Study, clearly_faster, compare, interleaved, middle
-from utils import SettingsError, parse_settings, run_script, setting
+from utils import SettingsError, count_parameters, parse_settings, run_script, setting
 
-QUESTIONS = ("peer", "break_even")
+QUESTIONS = ("peer", "break_even", "pruned_step")
 
 
 # fmt: off
@@ -43,7 +46,7 @@ QUESTIONS = ("peer", "break_even")
 class Settings:
     """Settings of `python patchtst_benchmark.py`; the shape is that of the course project's configuration."""
 
-    questions: str = setting("peer,break_even", f"some of {', '.join(QUESTIONS)}")
+    questions: str = setting("peer,break_even,pruned_step", f"some of {', '.join(QUESTIONS)}")
     batch_size: int | None = setting(None, "windows in a batch (default: 512, without a GPU 4)")
     channels: int = setting(7, "channels of a window")
     context_length: int | None = setting(None, "rows that the model sees (default: 512, without a GPU 96)")
@@ -55,8 +58,9 @@ class Settings:
     precision: str | None = setting(None, "default: bf16, without a GPU fp32", ["fp32", "tf32", "bf16"])
     backends: str | None = setting(None, f"kernels beside eager, some of {', '.join(BACKENDS)} (default: flash, auto)")
     use_compile: bool | None = setting(None, "compiled variants as well (default: with a GPU)")
+    compile_break_even: bool = setting(False, "ask the break-even of the compiled step, too: a minute a size")
     break_even_tokens: str | None = setting(None, "tokens in a sequence, rising (default: 4 to 1024, no GPU 4 to 64)")
-    rounds: int = setting(3, "measurements of each variant, in turn")
+    rounds: int = setting(5, "measurements of each variant, in turn")
     repeats: int = setting(10, "timed steps of a measurement")
     output_folder: str = setting("outputs", "folder of all results")
 # fmt: on
@@ -296,15 +300,21 @@ def ask_break_even(
     """From how many tokens of a sequence on each kernel is faster than eager; returns every measured time."""
     total = settings.batch_size * (settings.context_length // settings.patch_length)
     details: list[dict[str, Any]] = []
-    for compiled in (False, True) if settings.use_compile else (False,):
+    for compiled in (False, True) if settings.compile_break_even else (False,):
         known: dict[int, dict[str, list[Cost]]] = {}
+        dtype = AUTOCAST_DTYPES.get(settings.precision, torch.float32)
+
+        def runs(name: str, tokens: int, dtype: torch.dtype = dtype) -> bool:
+            head_dim = settings.embedding_dim // settings.num_heads
+            return unsupported_reason(name, device, dtype, FULL, head_dim, causal=False, tokens=tokens) is None
 
         def at(tokens: int, compiled: bool = compiled, known: dict = known) -> dict[str, list[Cost]]:
             if tokens not in known:
                 own = dataclasses.replace(settings, context_length=tokens * settings.patch_length)
                 windows = max(1, total // tokens)
                 batch = make_batch(own, windows, device)
-                trials = {name: Trial(our_model(own, name), own, device, batch) for name in ("eager", *backends)}
+                names = [name for name in ("eager", *backends) if runs(name, tokens)]
+                trials = {name: Trial(our_model(own, name), own, device, batch) for name in names}
                 if compiled:
                     for trial in trials.values():
                         trial.compile()
@@ -325,11 +335,50 @@ def ask_break_even(
                 f"{words} with {backend} is faster than with eager",
                 "tokens",
                 lambda tokens, backend=backend: clearly_faster(at(tokens)[backend], at(tokens)["eager"]),
-                sizes,
+                [tokens for tokens in sizes if runs(backend, tokens)],
                 # Every new size is compiled for a minute, so that the compiled answer stays on the grid.
-                max(sizes) if compiled else 2,
+                max(sizes) if compiled else 8,
             )
     return sorted(details, key=lambda row: (row["compiled"], row["tokens"]))
+
+
+def ask_pruning(study: Study, settings: Settings, device: torch.device, backend: str) -> list[dict[str, Any]]:
+    """Rows of the whole model and of those with fewer heads, and the same measured again; returns every round."""
+    batch, heads = make_batch(settings, settings.batch_size, device), settings.num_heads
+    cases = {"whole": (0, "structural"), "whole, again": (0, "structural")}
+    for count in sorted({max(1, heads * 5 // 16), heads // 2}):
+        cases |= {
+            f"{count} of {heads} heads {word}": (count, mode)
+            for word, mode in (("cut", MODES[0]), ("masked", MODES[1]))
+        }
+    details = []
+    for compiled in (False, True) if settings.use_compile else (False,):
+        trials = {}
+        for name, (count, mode) in cases.items():
+            torch.manual_seed(0)
+            model = our_model(settings, backend).to(device)
+            for place, layer in enumerate(attention_layers(model)):
+                remove_heads(layer, static_choice("static_random", heads, count, place, 0), mode=mode)
+            trials[name] = Trial(model, settings, device, batch)
+        seconds = {name: trial.compile() if compiled else None for name, trial in trials.items()}
+        steps = {name: (trial.step, (trial.model, trial.optimizer)) for name, trial in trials.items()}
+        options = {"rounds": settings.rounds, "repeats": settings.repeats, "compiled": compiled}
+        costs = interleaved(steps, device, **options)
+        suffix = ", compiled" if compiled else ""
+        for name, rounds in costs.items():
+            model = trials[name].model
+            size = {"parameters": count_parameters(model), "gflop": flops_per_window(model, settings.channels) / 1e9}
+            faster = "clearly faster" if clearly_faster(rounds, costs["whole"]) else "no clear difference in time"
+            note = f"{size['parameters']:,} parameters, {size['gflop']:.3f} GFLOP a window"
+            base = None if name == "whole" else f"whole{suffix}"
+            study.add(
+                f"{name}{suffix}", middle(rounds), baseline=base, note=note if base is None else f"{faster}; {note}"
+            )
+            times = [cost.ms for cost in rounds]
+            details.append({"variant": name, "compiled": compiled, "ms": times, "compile_s": seconds[name], **size})
+        del trials, steps
+        free(device)
+    return details
 
 
 def read_settings() -> tuple[Settings, torch.device, list[str], list[str], list[int]]:
@@ -384,20 +433,24 @@ def read_settings() -> tuple[Settings, torch.device, list[str], list[str], list[
 
 
 def main() -> int:
-    """Ask the questions, print the tables and leave outputs/patchtst/benchmark/run.json."""
+    """Ask the questions, print the tables and leave outputs/patchtst/<question>/run.json."""
     settings, device, questions, backends, sizes = read_settings()
-    study = Study("benchmark", settings, device, experiment="patchtst")
     print(
         f"batch {settings.batch_size}, context {settings.context_length}, patches of {settings.patch_length}, "
         f"{settings.channels} channels, width {settings.embedding_dim}, {settings.num_heads} heads, "
         f"{settings.precision}; kernels {', '.join(['eager', *backends])}"
     )
-    more: dict[str, Any] = {}
-    if "peer" in questions:
-        more["peer"] = ask_peer(study, settings, device, backends)
-    if "break_even" in questions:
-        more["break_even_times"] = ask_break_even(study, settings, device, backends, sizes)
-    return study.finish(**more)
+    status = 0
+    for question in questions:
+        study = Study(question, settings, device, experiment="patchtst")
+        if question == "peer":
+            status |= study.finish(rounds=ask_peer(study, settings, device, backends))
+        elif question == "break_even":
+            status |= study.finish(times=ask_break_even(study, settings, device, backends, sizes))
+        else:
+            chosen = backends[-1] if backends else "eager"
+            status |= study.finish(rounds=ask_pruning(study, settings, device, chosen), backend=chosen)
+    return status
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 patch_size, batch_size, num_workers: an epoch's data time, compute time and total for textbook and fused attention, one
 thing changed at a time, both in the same precision (bf16 on a GPU, where flash kernels have no fp32), everything else
 as in the course project's configuration (transformers variant: context 512, patches of 12, width 128, 16 heads). The
-first of three epochs warms up.
+first of two or three epochs warms up.
 horizon: the published comparison, test MSE and MAE at horizons 96, 192, 336 and 720 with three seeds.
 pruning: the whole model, static and dynamic pruning, masked and cut, and models of the pruned size from scratch.
 
@@ -37,6 +37,7 @@ from case_runner import (
     split_list,
     status_of,
 )
+from patchtst_plan import read_seeds
 from run_folder import StopRequest, check_writable, describe_environment, write_atomically
 from utils import SettingsError
 
@@ -44,8 +45,9 @@ PATCH_LENGTHS = (12, 24, 48, 96, 192)
 BATCH_SIZES = (32, 64, 128, 256, 512)
 WORKERS = ("device", 0, 2, 4, 8, 16)
 HORIZONS = (96, 192, 336, 720)
-SEEDS = (0, 1, 2)
-PLACE = (
+SEEDS = "0,1,2"
+PLACE = (  # settings that say where and how to run, not what
+    "gpu_lock",
     "output_folder",
     "experiment",
     "run_name",
@@ -56,7 +58,7 @@ PLACE = (
     "parallel_runs",
     "cache_folder",
 )
-TIMED_EPOCHS = 3  # the first warms up
+TIMED_EPOCHS = 2  # beside one that warms up; one where an epoch has many steps or waits for workers
 LAPTOP = {"embedding_dim": 16, "num_heads": 4, "ffn_dim": 32}  # without a GPU; the shape of the study would take hours
 
 # The pruning study: name, flags, words. "{k}" is 5 of 16 heads, the course project's number, "{half}" half of them.
@@ -112,13 +114,15 @@ def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> l
         for flag in (varied, "attn_type", "attention_backend", "prune", "seeds", "max_steps"):
             if getattr(settings, flag) != type(settings).__dataclass_fields__[flag].default:
                 raise SettingsError(f"--{flag} is what --{name}_exp sets itself; leave it out")
-        base = {"model_variant": "transformers", "batch_size": 512, "epochs": TIMED_EPOCHS, "evaluate_on": "none"}
+        base = {"model_variant": "transformers", "batch_size": 512, "epochs": 1 + TIMED_EPOCHS, "evaluate_on": "none"}
         base |= {"schedule": "constant", "log_every": 50} | ({} if gpu else LAPTOP | {"epochs": 2})
         base |= {key: value for key, value in common.items() if key in base}
         values = {"patch_size": PATCH_LENGTHS, "batch_size": BATCH_SIZES, "num_workers": WORKERS}[name]
         label = {"patch_size": "patch", "batch_size": "batch", "num_workers": "workers"}[name]
         for value in values:
             own = {} if value == "device" else {varied: value}
+            if name == "num_workers" or (name == "batch_size" and value < 256):
+                own["epochs"] = base["epochs"] if "epochs" in common else 2
             for kind, flags in attention_flags(settings, gpu).items():
                 if kind == "auto" and name == "num_workers":
                     continue
@@ -126,7 +130,7 @@ def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> l
                 add(f"{label}-{value}-{kind}", f"{place}, {kind} attention", base | flags | own)
     elif name == "horizon":
         horizons = HORIZONS if settings.horizon is None else (settings.horizon,)
-        seeds = SEEDS if settings.seeds == "0" else [int(word) for word in settings.seeds.split(",")]
+        seeds = read_seeds(settings.seeds or SEEDS)
         for horizon in horizons:
             for seed in seeds:
                 flags = {"horizon": horizon, "seeds": seed, "log_every": 50}
@@ -135,7 +139,7 @@ def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> l
         base = {} if settings.num_heads is not None else {"model_variant": "transformers"} | ({} if gpu else LAPTOP)
         heads = int(settings.num_heads or base.get("num_heads", 16))
         few, half = max(1, heads * 5 // 16), heads // 2
-        seeds = SEEDS if settings.seeds == "0" else [int(word) for word in settings.seeds.split(",")]
+        seeds = read_seeds(settings.seeds or SEEDS)
         for case, flags, words in PRUNING_CASES:
             case, flags, words = (text.format(k=few, half=half) for text in (case, flags, words))
             for seed in seeds:
@@ -205,7 +209,7 @@ def run(settings: Any, chosen: list[str]) -> int:
         for case in cases:
             if status_of(case, folder)[0] not in FINISHED:
                 check_old_folder(folder / case.name)
-    slots = [slot for slot in (gpus or ["0" if gpu else None]) for _ in range(settings.parallel_runs)]
+    slots = [slot for _ in range(settings.parallel_runs) for slot in (gpus or ["0" if gpu else None])]
     summary: dict[str, Any] = {"status": "ok", "experiments": []}
     with StopRequest() as stop, hang_up_means_stop():
         for name, folder, cases in plans:
@@ -219,15 +223,19 @@ def run(settings: Any, chosen: list[str]) -> int:
                     line = result_line(case, read_info(folder / case.name) or {})
                     print(f"{line}   [{time.monotonic() - begin:.0f} s]", flush=True)
 
+                place = {"cache_folder": settings.cache_folder}
+                alone_on_gpu = gpu and name in ("patch_size", "batch_size", "num_workers")
+                if alone_on_gpu:  # two cases a GPU: one measures, the next one loads its packages and waits
+                    place["gpu_lock"] = str(folder / ".gpu_lock")
                 case_runner.run_cases(
                     todo,
                     folder,
                     environment,
                     stop,
                     done,
-                    slots=slots,
+                    slots=[slot for slot in slots for _ in range(2 if alone_on_gpu else 1)],
                     choose_gpu=bool(gpus),
-                    place={"cache_folder": settings.cache_folder},
+                    place=place,
                     timeout_minutes=120,
                     fresh_compile=False,
                 )

@@ -19,7 +19,7 @@ from utils import SettingsError
 ATTENTION_TYPES = ("vanilla", "flash", "auto")
 SCHEDULES = ("constant", "decay", "onecycle")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-TRAINING = ("batch_size", "epochs", "patience", "learning_rate", "schedule", "warm_up_share", "ema_decay")
+TRAINING = ("batch_size", "epochs", "patience", "learning_rate", "schedule", "warm_up_share")
 
 # The official scripts' values by dataset: shape of the model (for --model_variant official) and training.
 SMALL = {"embedding_dim": 16, "num_heads": 4, "ffn_dim": 128, "dropout": 0.3}
@@ -61,7 +61,6 @@ class Plan:
     learning_rate: float
     schedule: str
     warm_up_share: float
-    ema_decay: float  # 0: none
     seeds: list[int]
     heads_to_prune: int  # of each layer
     prune_rounds: int
@@ -131,7 +130,7 @@ def make_plan(settings: Any) -> Plan:
     if "patch_length" in given and "patch_stride" not in given and settings.model_variant == "transformers":
         given["patch_stride"] = given["patch_length"]  # patches that do not overlap, as that variant's
     config = patchtst_config(settings.model_variant, **(shape | given))
-    values = {"patience": None, "warm_up_share": None, "ema_decay": 0.0} | training
+    values = {"patience": None, "warm_up_share": None} | training
     values |= {name: getattr(settings, name) for name in TRAINING if getattr(settings, name) is not None}
     if values["schedule"] != "onecycle":
         if settings.warm_up_share is not None:
@@ -140,10 +139,6 @@ def make_plan(settings: Any) -> Plan:
     elif not 0 < (values["warm_up_share"] or 0.3) < 1:
         raise SettingsError(f"--warm_up_share is a share between 0 and 1, not {values['warm_up_share']}")
     values["warm_up_share"] = 0.3 if values["warm_up_share"] is None else values["warm_up_share"]
-    if not 0 <= values["ema_decay"] < 1:
-        raise SettingsError(f"--ema_decay must be at least 0 and below 1, not {values['ema_decay']}")
-    if values["ema_decay"] and settings.prune == "dynamic":
-        raise SettingsError("--ema_decay averages weights whose shapes --prune dynamic changes; set --ema_decay 0")
     if settings.evaluate_on == "none" and settings.patience is not None:
         raise SettingsError("--patience has no effect with --evaluate_on none: without validation nothing stops early")
 
@@ -154,7 +149,7 @@ def make_plan(settings: Any) -> Plan:
         device=device,
         precision=precision,
         model=config,
-        seeds=read_seeds(settings.seeds),
+        seeds=read_seeds(settings.seeds or "0"),
         heads_to_prune=heads,
         prune_rounds=rounds,
         notes=notes,

@@ -394,7 +394,7 @@ def pruning_figure(cases: Sequence[Case]) -> Figure:
 def break_even_figure(folder: Path) -> Figure:
     """Time of a training step against the tokens of a sequence, relative to textbook attention; eager and compiled."""
     info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    rows = info["results"]["break_even_times"]
+    rows = info["results"]["times"]
     kinds = [False, True] if any(row["compiled"] for row in rows) else [False]
     settings = info["settings"]
     facts_here = f"{info['device_name']} | {settings['precision']} | width {settings['embedding_dim']}, "
@@ -451,7 +451,7 @@ def main() -> int:
             paths = plot_experiment(folder)
         elif (folder / "run.json").is_file():
             info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            if "break_even_times" in (info.get("results") or {}):
+            if "times" in (info.get("results") or {}):
                 paths = [save(break_even_figure(folder), folder / "break_even.png")]
             else:
                 paths = plot_run(folder)

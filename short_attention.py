@@ -13,7 +13,7 @@ straight into the packed layout of one linear layer, so that autograd joins noth
 Kept for the backward pass: q, k and v, 6 x heads x head_dim bytes a token in bf16, and nothing else (flash attention:
 8 x heads x head_dim + 4 x heads; textbook attention: 6 x heads x tokens on top).
 
-When it does not help: from 128 tokens on, where the tile no longer fits into registers (more is refused); where the
+When it does not help: towards 128 tokens, where the tile no longer fits into registers (more is refused); where the
 projections around it take the time. No window, no dropout.
 
 Method: Dao et al. 2022, FlashAttention, arXiv 2205.14135 (recomputed scores), with one tile.
@@ -36,14 +36,24 @@ HEADS_A_PROGRAM = 1  # of one sequence, one after another
 WARPS = {16: 1, 32: 1, 64: 4, 128: 8}  # by the side of the tile
 
 
-def short_attention_refusal(tokens: int, head_dim: int) -> str | None:
-    """Why the kernel cannot take this shape, or nothing at all without Triton; None if it can."""
+def short_attention_refusal(dtype: torch.dtype, tokens: int, head_dim: int) -> str | None:
+    """Why the kernel cannot take this dtype and shape, or nothing at all without Triton; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "short needs the triton package (part of PyTorch on Linux); take attention_backend sdpa"
-    if tokens > MAX_TOKENS:
-        return f"short takes up to {MAX_TOKENS} tokens, not {tokens}; take attention_backend auto"
-    if head_dim > MAX_HEAD_DIM:
-        return f"short takes heads up to {MAX_HEAD_DIM} wide, not {head_dim}; change --num_heads or --embedding_dim"
+    return shape_refusal(dtype, tokens, head_dim)
+
+
+def shape_refusal(dtype: torch.dtype, tokens: int, head_dim: int) -> str | None:
+    """Why the tile of a sequence does not fit; None if it does. Without tensor cores, in fp32, less fits."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"short's kernels run in bf16, fp16 or fp32, not {dtype}; change --precision"
+    half = dtype != torch.float32
+    words = "" if half else " in fp32"
+    most_tokens, widest = (MAX_TOKENS, MAX_HEAD_DIM) if half else (MAX_TOKENS // 2, MAX_HEAD_DIM // 2)
+    if tokens > most_tokens:
+        return f"short takes up to {most_tokens} tokens{words}, not {tokens}; take attention_backend auto"
+    if head_dim > widest:
+        return f"short takes heads up to {widest} wide{words}, not {head_dim}; change --num_heads or --embedding_dim"
     return None
 
 
@@ -163,40 +173,46 @@ def triton_kernels() -> tuple[Callable, Callable]:
     return forward, backward
 
 
-# Operators of their own, so that torch.compile leaves them whole. qkv is contiguous.
+# Operators of their own, so that torch.compile leaves them whole. Registered by the plain interface of torch.library:
+# torch.library.custom_op checks aliases at every call, which costs as much host time as launching the kernel.
+
+torch.library.define("memory_lab::short_attention", "(Tensor qkv, bool causal, float scale) -> Tensor")
+torch.library.define(
+    "memory_lab::short_attention_backward", "(Tensor gradient, Tensor qkv, bool causal, float scale) -> Tensor"
+)
 
 
-@torch.library.custom_op("memory_lab::short_attention", mutates_args=())
-def short_attention_operator(qkv: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+@torch.library.impl("memory_lab::short_attention", ("cuda", "cpu"))
+def forward(qkv: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
     """(sequences, tokens, 3, heads, head_dim) -> (sequences, tokens, heads, head_dim)"""
-    fits = qkv.shape[1] <= MAX_TOKENS and qkv.shape[-1] <= MAX_HEAD_DIM and qkv.dtype != torch.float64
-    if not fits or not (qkv.is_cuda or interpreted()):
+    if shape_refusal(qkv.dtype, qkv.shape[1], qkv.shape[-1]) is not None or not (qkv.is_cuda or interpreted()):
         raise ValueError(f"short attention has no kernel for {qkv.dtype} {tuple(qkv.shape)} on {qkv.device}")
+    qkv = qkv.contiguous()
     output = qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:])
     if qkv.numel():
         triton_kernels()[0](qkv, output, causal, scale)
     return output
 
 
-@short_attention_operator.register_fake
-def _(qkv: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
-    return qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:])
-
-
-@torch.library.custom_op("memory_lab::short_attention_backward", mutates_args=())
-def short_attention_backward_operator(
-    gradient: torch.Tensor, qkv: torch.Tensor, causal: bool, scale: float
-) -> torch.Tensor:
+@torch.library.impl("memory_lab::short_attention_backward", ("cuda", "cpu"))
+def backward(gradient: torch.Tensor, qkv: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
     """Gradient of the output, and qkv, to the gradient of qkv in one tensor of its shape."""
+    qkv = qkv.contiguous()
+    gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     dqkv = torch.empty_like(qkv)
     if qkv.numel():
         triton_kernels()[1](gradient, qkv, dqkv, causal, scale)
     return dqkv
 
 
-@short_attention_backward_operator.register_fake
+@torch.library.register_fake("memory_lab::short_attention")
+def _(qkv: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+    return qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:])
+
+
+@torch.library.register_fake("memory_lab::short_attention_backward")
 def _(gradient: torch.Tensor, qkv: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
-    return torch.empty_like(qkv)
+    return qkv.new_empty(qkv.shape)
 
 
 def keep(ctx: Any, inputs: tuple[torch.Tensor, bool, float], output: torch.Tensor) -> None:
@@ -205,11 +221,11 @@ def keep(ctx: Any, inputs: tuple[torch.Tensor, bool, float], output: torch.Tenso
 
 
 def differentiate(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-    gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-    return short_attention_backward_operator(gradient, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
+    operator = torch.ops.memory_lab.short_attention_backward
+    return operator(gradient, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
 
 
-short_attention_operator.register_autograd(differentiate, setup_context=keep)
+torch.library.register_autograd("memory_lab::short_attention", differentiate, setup_context=keep)
 
 
 def short_attention(qkv: torch.Tensor, causal: bool, softmax_scale: float | None = None) -> torch.Tensor:
@@ -227,7 +243,7 @@ def short_attention(qkv: torch.Tensor, causal: bool, softmax_scale: float | None
         ValueError: no GPU, too many tokens, too wide heads or another dtype.
     """
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return short_attention_operator(qkv.contiguous(), causal, scale)
+    return torch.ops.memory_lab.short_attention(qkv, causal, scale)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -247,7 +263,7 @@ class Settings:
     precision: str = setting("bf16", "of q, k and v", ["bf16", "fp16", "fp32"])
     backends: str | None = setting(None, "kernels to compare with, separated by commas (default: all that run here)")
     break_even_tokens: str = setting("8,16,24,32,42,49,64,65,96,128", "rising; as many tokens in every batch")
-    rounds: int = setting(3, "measurements of each kernel, in turn")
+    rounds: int = setting(5, "measurements of each kernel, in turn")
     repeats: int = setting(20, "timed steps of a measurement")
     output_folder: str = setting("outputs", "folder of all results")
 

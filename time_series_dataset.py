@@ -492,6 +492,7 @@ class WindowLoader:
             pin_memory=self.device.type == "cuda",
             persistent_workers=num_workers > 0,
             drop_last=True,
+            generator=torch.Generator().manual_seed(0),  # or it would draw its seeds from the model's dropout
         )
 
     def batches(self, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -322,7 +322,7 @@ def test_fp32_is_refused_with_the_setting_to_change(gpu, backend):
 @pytest.mark.parametrize("backend", ANY_DTYPE)
 def test_fp32_runs_elsewhere(gpu, backend):
     gpu(HOPPER)
-    assert unsupported_reason(backend, CUDA, FP32) is None
+    assert unsupported_reason(backend, CUDA, FP32, tokens=64) is None
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ANY_GPU])
