@@ -20,7 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 INTERPRETED = """
 import torch, short_attention
-from attention import attention, observe_kernel, packed_attention
+from attention import attention, eager_attention, observe_kernel, packed_attention
 
 def inside(function, name):  # what the function found around it; the interpreter looks among the module's names only
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
