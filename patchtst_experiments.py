@@ -62,16 +62,16 @@ TIMED_EPOCHS = 2  # beside one that warms up; one where an epoch has many steps 
 LAPTOP = {"embedding_dim": 16, "num_heads": 4, "ffn_dim": 32}  # without a GPU; the shape of the study would take hours
 
 # The pruning study: name, flags, words. "{k}" is 5 of 16 heads, the course project's number, "{half}" half of them.
+DYNAMIC = "--prune dynamic --prune_rounds {rounds} --prune_heads_per_layer"  # all train on for as many rounds
 PRUNING_CASES = (
     ("whole", "", "all heads"),
     ("static-conservative-1", "--prune static_conservative --prune_heads_per_layer 1", "the first head never there"),
     ("static-random-{k}", "--prune static_random --prune_heads_per_layer {k}", "{k} heads drawn by seed never there"),
-    ("dynamic-{k}", "--prune dynamic --prune_heads_per_layer {k}", "{k} heads by gradient importance, cut"),
-    ("dynamic-{k}-masked", "--prune dynamic --prune_heads_per_layer {k} --prune_mode masked", "the same, masked"),
-    ("dynamic-{k}-weight-norm", "--prune dynamic --prune_heads_per_layer {k} --prune_importance weight_norm",
-     "{k} heads by weight norm, cut"),
-    ("dynamic-{half}", "--prune dynamic --prune_heads_per_layer {half}", "half of the heads by gradient importance"),
-    ("dynamic-0", "--prune dynamic --prune_heads_per_layer 0", "control: the same further training, nothing removed"),
+    ("dynamic-{k}", f"{DYNAMIC} {{k}}", "{k} heads by gradient importance, cut"),
+    ("dynamic-{k}-masked", f"{DYNAMIC} {{k}} --prune_mode masked", "the same, masked"),
+    ("dynamic-{k}-weight-norm", f"{DYNAMIC} {{k}} --prune_importance weight_norm", "{k} heads by weight norm, cut"),
+    ("dynamic-{half}", f"{DYNAMIC} {{half}}", "half of the heads by gradient importance"),
+    ("dynamic-0", f"{DYNAMIC} 0", "control: the same further training, nothing removed"),
     ("static-random-{half}", "--prune static_random --prune_heads_per_layer {half}", "half of them never there"),
 )  # fmt: skip
 
@@ -141,7 +141,7 @@ def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> l
         few, half = max(1, heads * 5 // 16), heads // 2
         seeds = read_seeds(settings.seeds or SEEDS)
         for case, flags, words in PRUNING_CASES:
-            case, flags, words = (text.format(k=few, half=half) for text in (case, flags, words))
+            case, flags, words = (text.format(k=few, half=half, rounds=min(5, few)) for text in (case, flags, words))
             for seed in seeds:
                 own = base | case_runner.read_flags(flags) | {"seeds": seed, "log_every": 50}
                 add(f"{case}-seed-{seed}", words, own)

@@ -306,8 +306,6 @@ def main() -> int:
             raise SettingsError(
                 f"--{name} has no effect without one of {', '.join(f'--{name}' for name in EXPERIMENTS)}"
             )
-    lock = hold_lock(settings.gpu_lock)  # before anything touches the GPU; released when this process ends
-    plan = make_plan(settings)
     check_writable(Path(settings.output_folder) / settings.experiment, "--output_folder")
     series = load_series(
         settings.dataset,
@@ -317,6 +315,8 @@ def main() -> int:
         allow_gaps=settings.allow_gaps,
         cache_folder=settings.cache_folder,
     )
+    lock = hold_lock(settings.gpu_lock)  # before anything touches the GPU; released when this process ends
+    plan = make_plan(settings)
     data = split_series(
         series,
         context_length=plan.model.context_length,

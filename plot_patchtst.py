@@ -36,6 +36,7 @@ PUBLISHED = {  # Nie et al. 2023, table 3: test MSE of PatchTST/42 and /64
     "ETTh1": {96: (0.375, 0.370), 192: (0.414, 0.413), 336: (0.431, 0.422), 720: (0.449, 0.447)},
     "ETTm1": {96: (0.290, 0.293), 192: (0.332, 0.333), 336: (0.366, 0.369), 720: (0.420, 0.416)},
 }
+RATIOS = (0.1, 0.2, 0.5, 1, 2, 5, 10)  # ticks of the break-even
 LINE_COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#8C6D1F", GREY, "black")
 
 
@@ -197,6 +198,12 @@ def facts(cases: Sequence[Case]) -> str:
     return " | ".join(part for part in parts if part)
 
 
+def kernel_names(cases: Sequence[Case]) -> str:
+    """The attention backends of these cases."""
+    names = (case.info.get("model", {}).get("attention_backend") for case in cases)
+    return ", ".join(dict.fromkeys(name for name in names if name)) or "did not run"
+
+
 def sweep_figure(name: str, cases: Sequence[Case]) -> Figure:
     """Seconds of an epoch, data on top of compute, for each kernel; beside it the time that fused attention saves."""
     _, title, x_label = SWEEPS[name]
@@ -205,11 +212,13 @@ def sweep_figure(name: str, cases: Sequence[Case]) -> Figure:
         _, value, kind = case.name.rsplit("-", 2)
         rows.setdefault(value, {})[kind] = case
     kinds = [kind for kind in KINDS if any(kind in row for row in rows.values())]
-    timed = max((case.results.get("timed_epochs") or 0 for case in cases), default=0)
+    timed = [case.results.get("timed_epochs") or 0 for case in cases if case.ok] or [0]
+    count = str(timed[0]) if len(set(timed)) == 1 else f"{min(timed)} to {max(timed)}"
+    kernels = {kind: kernel_names([row[kind] for row in rows.values() if kind in row]) for kind in kinds}
     figure = Figure(figsize=(WIDTH_INCHES, 5.2), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
     figure.suptitle(
-        f"{title}: time of a training epoch\n{facts(cases)} | n = {timed} timed epochs a bar",
+        f"{title}: time of a training epoch\n{facts(cases)} | n = {count} timed epochs a bar",
         fontsize=10.5,
         x=0.01,
         ha="left",
@@ -246,7 +255,7 @@ def sweep_figure(name: str, cases: Sequence[Case]) -> Figure:
         labels.append(f"{value}{tokens}")
     left.set_xticks(places, labels, fontsize=9)
     left.set(xlabel=x_label, ylabel="seconds of an epoch", ylim=(0, 1.1 * top or 1.0))
-    handles = [Patch(color=KINDS[kind][1], label=f"{KINDS[kind][0]}, compute") for kind in kinds]
+    handles = [Patch(color=KINDS[kind][1], label=f"{KINDS[kind][0]} ({kernels[kind]})") for kind in kinds]
     handles.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="waiting for data, on top"))
     for number, kind in enumerate(kind for kind in kinds if kind != "vanilla"):
         points = []
@@ -283,34 +292,49 @@ def by_prefix(cases: Sequence[Case]) -> dict[str, list[Case]]:
 
 
 def horizon_figure(cases: Sequence[Case]) -> Figure:
-    """Test MSE of every seed and their mean by horizon, beside the published figures and a forecast without a model."""
+    """Test MSE of every seed and their mean by horizon, beside the published figures; the axis does not begin at 0."""
     groups = by_prefix(cases)
     data = next((case.info["dataset"]["name"] for case in cases if case.info), "?")
-    figure, (ax,) = new_figure(f"Test MSE by horizon: {data}", facts(cases))
-    ax.set(xlabel="horizon (rows)", ylabel="test MSE of the standardised channels")
+    figure, (ax,) = new_figure(f"Test MSE by horizon: {data} (the axis does not begin at 0)", facts(cases))
+    ax.set(
+        xlabel="horizon (rows); below it the MSE of repeating the last day", ylabel="test MSE, standardised channels"
+    )
+    labels, lowest, highest = [], [], []
     for place, (name, group) in enumerate(groups.items()):
-        values = [case.results["test_mse"] for case in group if case.ok]
-        if values:
-            label = "mean of the seeds" if place == 0 else None
-            ax.bar(place, np.mean(values), 0.5, color=BLUE, label=label)
-            ax.plot([place + 0.06 * (i - 1) for i in range(len(values))], values, ".", color="black", markersize=5,
-                    label=f"each of {len(values)} seeds" if place == 0 else None)  # fmt: skip
-            ax.text(place, 0.01, f"{np.mean(values):.4f}", ha="center", color="white", fontsize=10, weight="bold")
-        failed = [case.status for case in group if not case.ok]
-        if failed:
-            ax.plot([place + 0.3], [0.02], "x", color=RED, markersize=9, markeredgewidth=2)
-            ax.text(place + 0.34, 0.02, ", ".join(sorted(set(failed))), color=RED, fontsize=8.5, va="center")
         horizon = int(name.rsplit("-", 1)[1])
+        values = [case.results["test_mse"] for case in group if case.ok]
+        first = place == 0
         for number, (label, colour) in enumerate((("PatchTST/42, published", ORANGE), ("PatchTST/64, published", RED))):
             if data in PUBLISHED and horizon in PUBLISHED[data]:
                 value = PUBLISHED[data][horizon][number]
-                ax.hlines(value, place - 0.36, place + 0.36, color=colour, linewidth=2, linestyle=("-", ":")[number],
-                          label=label if place == 0 else None)  # fmt: skip
+                style = {"color": colour, "linewidth": 2, "linestyle": ("-", ":")[number]}
+                ax.hlines(value, place - 0.3, place + 0.3, label=label if first else None, **style)
+                lowest.append(value)
+                highest.append(value)
+        if values:
+            spread = [place - 0.08 + 0.16 * i / max(1, len(values) - 1) for i in range(len(values))]
+            ax.plot(
+                spread, values, "o", color=BLUE, markersize=5, label=f"each of {len(values)} seeds" if first else None
+            )
+            mean = float(np.mean(values))
+            ax.hlines(
+                mean, place - 0.2, place + 0.2, color=BLUE, linewidth=2, label="mean of the seeds" if first else None
+            )
+            ax.annotate(f"{mean:.4f}", (place + 0.32, mean), fontsize=9.5, va="center", color=BLUE)
+            lowest.append(min(values))
+            highest.append(max(values))
+        failed = sorted({case.status for case in group if not case.ok})
+        if failed:
+            ax.plot([place], [0.04], "x", color=RED, markersize=9, transform=ax.get_xaxis_transform())
+            ax.text(place + 0.05, 0.04, ", ".join(failed), color=RED, transform=ax.get_xaxis_transform())
         day = [(case.results.get("baselines") or {}).get("repeat last day") for case in group if case.ok]
-        if day and day[0]:
-            ax.hlines(day[0]["mse"], place - 0.36, place + 0.36, color=GREY, linewidth=2, linestyle="--",
-                      label="repeat the last day (no model)" if place == 0 else None)  # fmt: skip
-    ax.set_xticks(range(len(groups)), [name.rsplit("-", 1)[1] for name in groups])
+        labels.append(f"{horizon}\n{day[0]['mse']:.4f}" if day and day[0] else str(horizon))
+    ax.set_xticks(range(len(groups)), labels)
+    ax.set_xlim(-0.6, len(groups) - 0.2)
+    if lowest:
+        margin = 0.12 * (max(highest) - min(lowest)) + 0.005
+        ax.set_ylim(min(lowest) - margin, max(highest) + margin)
+    ax.grid(visible=False, axis="x")
     figure.legend(loc="outside lower center", ncols=5, fontsize=9.5, frameon=False)
     return figure
 
@@ -405,9 +429,21 @@ def break_even_figure(folder: Path) -> Figure:
     for ax, compiled in zip(axes, kinds, strict=True):
         own = [row for row in rows if row["compiled"] is compiled]
         backends = [name for name in own[0]["ms"] if name != "eager"]
+        failed = [row["tokens"] for row in own if None in row["ms"]["eager"]]
+        for tokens_failed in failed:
+            ax.plot([tokens_failed], [1], "x", color=RED, markersize=9, markeredgewidth=2)
+            ax.annotate(
+                "textbook: oom",
+                (tokens_failed, 1),
+                (0, 8),
+                textcoords="offset points",
+                color=RED,
+                fontsize=8,
+                ha="center",
+            )
         tokens = [row["tokens"] for row in own]
         for colour, name in zip((ORANGE, GREEN, BLUE, RED), backends, strict=False):
-            known = [(row["tokens"], row["ms"][name], row["ms"]["eager"]) for row in own]
+            known = [(row["tokens"], row["ms"].get(name, [None]), row["ms"]["eager"]) for row in own]
             known = [row for row in known if None not in row[1] and None not in row[2]]
             x = [row[0] for row in known]
             ax.plot(x, [np.median(row[1]) / np.median(row[2]) for row in known], "o-", color=colour, label=name)
@@ -416,8 +452,9 @@ def break_even_figure(folder: Path) -> Figure:
         ax.axhline(1, color="black", linewidth=0.8)
         ax.set(xscale="log", xlabel="tokens of a sequence", title="compiled" if compiled else "not compiled")
         ax.set_xticks(tokens, [str(value) for value in tokens], fontsize=8, rotation=60)
+        ax.set_yscale("log")
+        ax.set_yticks(RATIOS, [f"{value:g}" for value in RATIOS])
         ax.minorticks_off()
-        ax.set_ylim(0, None)
     axes[0].set_ylabel("time of a step / that with textbook attention")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9.5, frameon=False)

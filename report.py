@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from report_comparison import COMPARISON_TABLES, markdown, read_json, shown
+from report_patchtst import PATCHTST_TABLES
 from run_folder import write_atomically
 from utils import SettingsError, parse_settings, run_script, setting
 
@@ -250,6 +251,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention break-even": break_even_table,
     "attention overhead": overhead_table,
     **COMPARISON_TABLES,
+    **PATCHTST_TABLES,
 }
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ class Settings:
     backends: str | None = setting(None, "kernels to compare with, separated by commas (default: all that run here)")
     break_even_tokens: str = setting("8,16,24,32,42,49,64,65,96,128", "rising; as many tokens in every batch")
     rounds: int = setting(5, "measurements of each kernel, in turn")
-    repeats: int = setting(20, "timed steps of a measurement")
+    repeats: int = setting(10, "timed steps of a measurement")
     output_folder: str = setting("outputs", "folder of all results")
 
 
@@ -304,9 +304,9 @@ def main() -> int:
     print(f"{shape}{settings.head_dim}, {settings.precision}, {'causal' if causal else 'every key seen'}")
 
     def problem(sequences: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        full = torch.randn(sequences, tokens, 4, settings.num_heads, settings.head_dim, generator=generator)
-        qkv, gradient = full.to(device, dtype).split([3, 1], dim=2)
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (sequences, tokens, 4, settings.num_heads, settings.head_dim)
+        qkv, gradient = torch.randn(shape, device=device, generator=generator).to(dtype).split([3, 1], dim=2)
         return qkv.contiguous().requires_grad_(), gradient.squeeze(2).contiguous()
 
     def result(name: str, qkv: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:

@@ -47,7 +47,7 @@ DATASETS = ("sample", *SHA256, "traffic")
 TRAFFIC_SHAPE = (17544, 862)  # rows and channels of the file that the published results are for
 SPLITS = ("ratio", "ett_hourly", "ett_quarter_hourly")
 MONTH = {"ett_hourly": 30 * 24, "ett_quarter_hourly": 30 * 24 * 4}  # rows
-GATHER_BYTES = 16 * 2**20  # of windows that are gathered by one kernel
+GATHER_BYTES = 64 * 2**20  # of windows that are gathered by one kernel
 TRAFFIC_SOURCE = "it is the 862-sensor file of the Autoformer and PatchTST projects, made from https://pems.dot.ca.gov"
 
 

@@ -180,6 +180,20 @@ def test_modes_do_not_mix_and_wrong_ones_are_named():
         attention_layers(nn.Linear(2, 2))
 
 
+def test_the_compiler_sees_a_mask_that_came_later():
+    """Compiled, masked, compiled again: a mask by a hook would be passed over."""
+    model, inputs, _ = problem("encoder")
+    before = torch.compile(model, dynamic=False)(inputs)
+    for layer in attention_layers(model):
+        remove_heads(layer, [0, 2], mode="masked")
+    after = torch.compile(model, dynamic=False)(inputs)
+    assert torch.allclose(after, model(inputs), atol=1e-9) and not torch.allclose(after, before, atol=1e-4)
+    for layer in attention_layers(model):
+        remove_heads(layer, [1], mode="masked")
+    again = torch.compile(model, dynamic=False)(inputs)
+    assert torch.allclose(again, model(inputs), atol=1e-9) and not torch.allclose(again, after, atol=1e-4)
+
+
 # --- The optimizer ----------------------------------------------------------------------------------------------------
 
 

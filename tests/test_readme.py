@@ -12,7 +12,11 @@ import torch
 import attention_benchmark
 import compare_techniques
 import llm_train
+import patchtst_benchmark
+import patchtst_plan
+import patchtst_train
 import report_comparison
+import time_series_dataset
 from utils import parse_settings
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +71,65 @@ def test_what_the_readme_says_about_the_comparison():
     assert largest >= 2000 and f"`everything` trains {largest:,} sequences at once" in README
 
 
+def patchtst_results(experiment: str, case: str) -> dict:
+    """What outputs/patchtst says about a case."""
+    return json.loads((ROOT / "outputs" / "patchtst" / experiment / case / "run.json").read_text())["results"]
+
+
+def test_what_the_readme_says_about_patchtst():
+    """Sentences beside the generated tables, and the goals they report."""
+    peer = json.loads((ROOT / "outputs" / "patchtst" / "peer" / "run.json").read_text())["results"]["rows"]
+    rows = {row["variant"]: row for row in peer}
+    best, theirs = rows["this lab, short, compiled"], rows["transformers, eager, compiled"]
+    textbook = rows["this lab, eager, compiled"]
+    times, memory = (f"{best[key] / theirs[key]:.2f}" for key in ("ms", "peak_gib"))
+    assert f"takes {times} times as long as the library's and {memory} times the memory" in README
+    assert f"With the same textbook attention it is {textbook['ms'] / theirs['ms']:.2f} times" in README
+    assert best["ms"] <= 0.75 * theirs["ms"] and best["exactness"] == "within rounding"
+
+    errors = {
+        horizon: [patchtst_results("horizon-ETTh1", f"horizon-{horizon}-seed-{seed}")["test_mse"] for seed in (0, 1, 2)]
+        for horizon in (96, 192, 336, 720)
+    }
+    mean = {horizon: sum(values) / 3 for horizon, values in errors.items()}
+    assert mean[192] <= 0.414 and mean[720] <= 0.449
+    assert f"horizon 96 is {mean[96] - 0.375:.4f} above it" in README
+    assert f"horizon 336 misses it by {mean[336] - 0.431:.4f}, five times the spread" in README
+    assert (mean[336] - 0.431) / (max(errors[336]) - min(errors[336])) == pytest.approx(5, abs=0.5)
+    best_epochs = [patchtst_results("horizon-ETTh1", f"horizon-336-seed-{seed}")["best_epoch"] for seed in (0, 1, 2)]
+    assert sorted(best_epochs) == [6, 7, 9]
+    first = patchtst_results("horizon-ETTh1", "horizon-96-seed-0")
+    assert first["baselines"]["repeat last row"]["mse"] == pytest.approx(1.2944, abs=1e-4)
+    assert first["baselines"]["repeat last day"]["mse"] == pytest.approx(0.5122, abs=1e-4)
+    assert first["test_windows"] == 2785 == 97 + 2688
+
+    answers = json.loads((ROOT / "outputs" / "patchtst" / "break_even" / "run.json").read_text())["results"]
+    found = {answer["question"].split()[2]: answer for answer in answers["break_even"]}
+    assert (found["flash_attn"]["low"], found["sdpa_efficient"]["high"], found["short"]["high"]) == (48, 24, 4)
+
+    def total(experiment: str, case: str) -> float:
+        return patchtst_results(experiment, case)["epoch_total_s"]
+
+    slower = [
+        100 * (total("patch_size", f"patch-{patch}-flash") / total("patch_size", f"patch-{patch}-vanilla") - 1)
+        for patch in (12, 24, 48, 96, 192)
+    ]
+    assert round(slower[0]) == 3 and [round(min(slower[1:])), round(max(slower[1:]))] == [26, 48]
+    for batch in (32, 64, 128):
+        for kind in ("vanilla", "flash", "auto"):
+            assert 7 < patchtst_results("batch_size", f"batch-{batch}-{kind}")["step_ms_median"] < 9.5
+    shares = {
+        (experiment, path.parent.name): json.loads(path.read_text())["results"]
+        for experiment in ("patch_size", "batch_size")
+        for path in (ROOT / "outputs" / "patchtst" / experiment).glob("*/run.json")
+    }
+    shares = {case: results["epoch_data_s"] / results["epoch_total_s"] for case, results in shares.items()}
+    usual = [shares["batch_size", f"batch-512-{kind}"] for kind in ("vanilla", "flash", "auto")]
+    usual += [shares["patch_size", f"patch-12-{kind}"] for kind in ("vanilla", "flash", "auto")]
+    assert f"{100 * min(usual):.1f} to {100 * max(usual):.1f} % of an epoch at batch 512" in README
+    assert f"up to {100 * max(shares.values()):.1f} % where patches are longer" in README
+
+
 def test_every_link_to_a_file_leads_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)]+(?:\([^)]*\)[^)]*)?)\)", README):
         assert (ROOT / target).exists(), target
@@ -87,13 +150,17 @@ def test_every_command_names_a_script_and_flags_that_exist(command):
         for name in settings.sweep.split(","):
             axes = attention_benchmark.sweep_axes(name, settings, torch.device("cpu"))
             attention_benchmark.check_lists(name, axes, "fp32")
+    if words[place] == "patchtst_train.py" and words[:place] != []:
+        settings = parse_settings(patchtst_train.Settings, words[place + 1 :], sections=patchtst_train.SECTIONS)
+        patchtst_plan.make_plan(settings)
     if words[place] == "llm_train.py" and words[:place] != []:
         settings = parse_settings(llm_train.Settings, words[place + 1 :])
         llm_train.make_plan(dataclasses.replace(settings, use_flash_attention=False))
 
 
 def test_every_flag_in_the_readme_exists():
-    scripts = (llm_train, attention_benchmark, compare_techniques, report_comparison)
+    scripts = (llm_train, attention_benchmark, compare_techniques, report_comparison, patchtst_train)
+    scripts += (patchtst_benchmark, time_series_dataset)
     known = {field.name for script in scripts for field in dataclasses.fields(script.Settings)} | {"extra", "help"}
     assert set(re.findall(r"--(\w+)", README)) <= known
 
