@@ -44,7 +44,7 @@ from attention import packed_attention
 from attention_support import BACKENDS, choose_backend
 from optimizers import OptimizerInBackward
 from precision import AUTOCAST_DTYPES, autocast, set_precision
-from technique_bench import Study, clearly_faster, compare, interleaved, middle
+from technique_bench import Study, clearly_faster, compare, interleaved, middle, time_difference
 from utils import GIB, SettingsError, parse_settings, run_script, setting
 
 METHODS = ("static_conservative", "static_random", "dynamic")
@@ -434,7 +434,7 @@ def main() -> int:
             results = [[value.clone() for value in problems[key].result()] for key in (name, other)]
             exact = exact_result(settings, heads, count, device)
             exactness, error = compare(results[0], results[1], exact)
-            note = "clearly faster" if clearly_faster(costs[name], base) else "no clear difference in time"
+            note = time_difference(costs[name], base)
         if mode == "structural" and count:
             saved = 5 * count * settings.head_dim * dtype.itemsize * tokens / GIB  # q, k, v, O and the gradient of O
         study.add(

@@ -35,7 +35,7 @@ from head_pruning import MODES, attention_layers, remove_heads, static_choice
 from optimizers import make_optimizer
 from patchtst import PatchTST, flops_per_window, patchtst_config
 from precision import AUTOCAST_DTYPES, autocast, set_precision
-from technique_bench import Cost, Study, clearly_faster, compare, interleaved, middle
+from technique_bench import Cost, Study, clearly_faster, compare, interleaved, middle, time_difference
 from utils import SettingsError, count_parameters, parse_settings, run_script, setting
 
 QUESTIONS = ("peer", "break_even", "pruned_step")
@@ -368,12 +368,11 @@ def ask_pruning(study: Study, settings: Settings, device: torch.device, backend:
         for name, rounds in costs.items():
             model = trials[name].model
             size = {"parameters": count_parameters(model), "gflop": flops_per_window(model, settings.channels) / 1e9}
-            faster = "clearly faster" if clearly_faster(rounds, costs["whole"]) else "no clear difference in time"
             note = f"{size['parameters']:,} parameters, {size['gflop']:.3f} GFLOP a window"
             base = None if name == "whole" else f"whole{suffix}"
-            study.add(
-                f"{name}{suffix}", middle(rounds), baseline=base, note=note if base is None else f"{faster}; {note}"
-            )
+            if base is not None:
+                note = f"{time_difference(rounds, costs['whole'])}; {note}"
+            study.add(f"{name}{suffix}", middle(rounds), baseline=base, note=note)
             times = [cost.ms for cost in rounds]
             details.append({"variant": name, "compiled": compiled, "ms": times, "compile_s": seconds[name], **size})
         del trials, steps

@@ -212,13 +212,16 @@ class Training:
         model.train()
         return errors.result()
 
-    def fit(self, epochs: int, patience: int | None, bar: tqdm) -> tuple[Best, str]:
+    def fit(self, epochs: int, patience: int | None, bar: tqdm, start: Best | None = None) -> tuple[Best, str]:
         """Train and validate until the epochs are done or validation has not improved for `patience` of them.
+
+        Args:
+            start: the state that it begins from, a candidate for the best one if given.
 
         Returns:
             The best epoch and why it ended: done or early (stopping).
         """
-        best, settings = Best(), self.settings
+        best, settings = start or Best(), self.settings
         for _ in range(epochs):
             train_mse = self.train_epoch()
             row = {"epoch": self.epoch, "step": self.step, "train_mse": train_mse}

@@ -45,7 +45,8 @@ SHAPE = (
     "context_length", "horizon", "patch_length", "patch_stride", "num_layers", "embedding_dim", "num_heads", "ffn_dim",
     "dropout", "head_dropout", "norm", "norm_position", "positions",
 )  # fmt: skip
-PRUNING = ("prune_heads_per_layer", "prune_rounds", "prune_every_epochs", "prune_importance", "prune_mode")
+DYNAMIC = ("prune_rounds", "prune_every_epochs", "prune_learning_rate", "prune_importance")
+PRUNING = ("prune_heads_per_layer", "prune_mode", *DYNAMIC)
 
 
 @dataclass
@@ -212,7 +213,7 @@ def check_pruning(settings: Any, config: PatchTSTConfig) -> tuple[int, int]:
     if settings.evaluate_on == "none":
         raise SettingsError("--prune compares errors, so it needs --evaluate_on test; leave --evaluate_on out")
     if settings.prune != "dynamic":
-        for name in ("prune_rounds", "prune_every_epochs", "prune_importance"):
+        for name in DYNAMIC:
             if getattr(settings, name) is not None:
                 raise SettingsError(f"--{name} has no effect with --prune {settings.prune}; it belongs to dynamic")
     heads = settings.prune_heads_per_layer
@@ -224,11 +225,14 @@ def check_pruning(settings: Any, config: PatchTSTConfig) -> tuple[int, int]:
             f"--prune_heads_per_layer must be from {least} to {config.num_heads - 1} (a layer has {config.num_heads} "
             f"heads), not {heads}"
         )
-    rounds = settings.prune_rounds or max(1, min(5, heads or 5))
+    rounds = max(1, min(5, heads or 5)) if settings.prune_rounds is None else settings.prune_rounds
     if rounds < 1 or (heads and rounds > heads):
         raise SettingsError(f"--prune_rounds must be from 1 to the {heads} heads that are removed, not {rounds}")
     if settings.prune_every_epochs is not None and settings.prune_every_epochs < 1:
         raise SettingsError(f"--prune_every_epochs must be at least 1, not {settings.prune_every_epochs}")
+    rate = settings.prune_learning_rate
+    if rate is not None and not 0 < rate < float("inf"):
+        raise SettingsError(f"--prune_learning_rate must be above 0 and finite, not {rate:g}")
     return heads, rounds if settings.prune == "dynamic" else 1
 
 

@@ -2,8 +2,10 @@
 
 `patchtst_train.py --prune dynamic` runs it after the ordinary training, from its best weights. What is reported:
 `before` is that model, `after` the same rounds of removal without any training in between (what pruning itself does),
-`further` the model that trained on after each removal and then until it stopped. The control for the last one is the
-same with --prune_heads_per_layer 0: further training alone may help or hurt.
+`further` the model that trained on after each removal and then until it stopped, at a tenth of the learning rate, the
+custom when a trained model is trained on; validation chooses among the state right after the last removal and every
+epoch from there. The control for it is the same with --prune_heads_per_layer 0: further training alone may help or
+hurt.
 """
 
 import copy
@@ -20,6 +22,7 @@ from patchtst_fit import Best, Training
 from precision import autocast
 from utils import count_parameters
 
+FURTHER_RATE = 0.1  # times the learning rate of the best epoch, for training on
 SCORED_BATCHES = 8  # the last ones of the training windows judge the heads
 
 
@@ -60,11 +63,11 @@ def remove_lowest(training: Training, model: PatchTST, count: int, optimizer: An
 def prune_and_train_on(training: Training, before: Best, bar: tqdm) -> tuple[Best, str, dict[str, Any]]:
     """Remove heads round by round from the best weights, training on after each removal, then until it stops.
 
-    Every removal is a line a layer in pruning.jsonl. Further training goes on at the learning rate of the epoch that
-    the best weights come from.
+    Every removal is a line a layer in pruning.jsonl. Further training goes on at --prune_learning_rate, by default
+    FURTHER_RATE times that of the epoch that the best weights come from.
 
     Returns:
-        The best epoch after the last removal, why training ended, and the report: before, after, further.
+        The best state after the last removal, why training ended, and the report: before, after, further.
     """
     plan, model, optimizer = training.plan, training.model, training.optimizer
     model.load_state_dict(before.weights)
@@ -80,7 +83,7 @@ def prune_and_train_on(training: Training, before: Best, bar: tqdm) -> tuple[Bes
     optimizer.load_state_dict(before.optimizer)
     training.scheduler = None
     for group in optimizer.param_groups:
-        group["lr"] = before.learning_rate
+        group["lr"] = training.settings.prune_learning_rate or FURTHER_RATE * before.learning_rate
     for number, count in enumerate(counts, 1):
         rows = remove_lowest(training, model, count, optimizer)
         found = training.evaluate("validation")
@@ -91,7 +94,7 @@ def prune_and_train_on(training: Training, before: Best, bar: tqdm) -> tuple[Bes
             training.fit(training.settings.prune_every_epochs or 1, None, bar)
     training.track_from, training.tracker.rows = training.step + 1, []
     first = len(training.laps)
-    best, outcome = training.fit(plan.epochs, plan.patience, bar)
+    best, outcome = training.fit(plan.epochs, plan.patience, bar, start=training.remember(found["mse"]))
     model.load_state_dict(best.weights)
     report["further"] = training.describe("validation", "test", laps=training.laps[first:])
     return best, outcome, report

@@ -116,6 +116,7 @@ class Settings:
     prune_mode: str | None = setting(None, "cut out of the weights (default) or masked", MODES)
     prune_importance: str | None = setting(None, "what dynamic ranks heads by (default: gradient)", IMPORTANCES)
     prune_rounds: int | None = setting(None, "dynamic: removals, scored anew each time (default: 5)")
+    prune_learning_rate: float | None = setting(None, "dynamic: of training on (default: 0.1 x the best epoch's)")
     prune_every_epochs: int | None = setting(None, "dynamic: epochs of training after each removal (default: 1)")
 
     # logging and measuring

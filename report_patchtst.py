@@ -15,6 +15,7 @@ from typing import Any
 from plot_patchtst import Case, by_prefix, read_experiment
 from report_techniques import break_even_words
 from report_text import ROOT, markdown, place, plain, read_json, shown
+from technique_bench import Cost, time_difference
 from utils import SettingsError, parse_settings, run_script, setting
 
 # Nie et al. 2023, table 3: test MSE and MAE of PatchTST/42 and PatchTST/64.
@@ -270,11 +271,14 @@ def pruned_step_table(outputs: Path) -> str:
     if not path.is_file():
         return not_run("the step of pruned models", "python patchtst_benchmark.py --questions pruned_step")
     results = read_json(path)["results"]
-    lines = []
+    lines: list[list[str]] = []
+    whole: list[Cost] = []
     for row, measured in zip(results["rows"], results["rounds"], strict=True):
         times = [ms for ms in measured["ms"] if ms is not None]
+        costs = [Cost("oom" if ms is None else "ok", ms=ms) for ms in measured["ms"]]
+        whole = costs if row["baseline"] is None else whole
         change = "-" if row["extra_time"] is None else f"{100 * row['extra_time']:+.1f} %"
-        clear = row["note"].split(";")[0] if ";" in row["note"] else "-"
+        clear = "-" if row["baseline"] is None else time_difference(costs, whole)
         span = f"{row['ms']:.2f} ({min(times):.2f}-{max(times):.2f})" if row["status"] == "ok" else row["status"]
         size = (f"{measured['parameters']:,}", f"{measured['gflop']:.3f}")
         lines.append([plain(row["variant"]), *size, span, change, clear, shown(row["peak_gib"])])

@@ -130,6 +130,13 @@ def clearly_faster(fast: Sequence[Cost], slow: Sequence[Cost]) -> bool:
     return max(cost.ms for cost in fast) < min(cost.ms for cost in slow)
 
 
+def time_difference(costs: Sequence[Cost], base: Sequence[Cost]) -> str:
+    """clearly faster or clearly slower than the base in every round, or no clear difference in time."""
+    if clearly_faster(costs, base):
+        return "clearly faster"
+    return "clearly slower" if clearly_faster(base, costs) else "no clear difference in time"
+
+
 def find_break_even(saves: Callable[[int], bool], sizes: Sequence[int], step: int) -> tuple[int | None, int | None]:
     """The size from which on something saves, by bisection between the points of a grid.
 

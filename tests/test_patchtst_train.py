@@ -343,6 +343,9 @@ def test_the_example_file_is_the_course_projects_configuration():
         ({"prune": "static_random", "prune_heads_per_layer": 0}, "must be from 1 to 3"),
         ({"prune": "dynamic", "prune_heads_per_layer": 4}, "must be from 0 to 3"),
         ({"prune": "dynamic", "prune_heads_per_layer": 2, "prune_rounds": 3}, "--prune_rounds must be from 1 to"),
+        ({"prune": "dynamic", "prune_rounds": 0}, "--prune_rounds must be from 1 to"),
+        ({"prune": "dynamic", "prune_learning_rate": 0.0}, "--prune_learning_rate must be above 0"),
+        ({"prune": "static_random", "prune_learning_rate": 0.1}, "it belongs to dynamic"),
         ({"prune": "dynamic", "evaluate_on": "none"}, "needs --evaluate_on test"),
         ({"run_name": "a/b"}, "--run_name must be one folder name"),
         ({"only": "x"}, "--only has no effect without one of --patch_size_exp"),
@@ -449,13 +452,28 @@ def test_dynamic_pruning(tmp_path, series, mode):
     assert report["after"]["test_mse"] != report["before"]["test_mse"] != report["further"]["test_mse"]
     assert (report["after"]["parameters"] < report["before"]["parameters"]) == (mode == "structural")
     assert all(len(left) == 1 for left in report["further"]["heads"])
-    assert results["best_epoch"] > 5  # chosen among the epochs after the last removal
+    assert results["best_epoch"] >= 5  # chosen among the state right after the last removal and the epochs from there
+    rates = [row["learning_rate"] for row in done.lines("epochs.jsonl")]
+    before = min(done.lines("epochs.jsonl")[:3], key=lambda row: row["validation_mse"])
+    assert rates[3:] == pytest.approx([0.1 * before["learning_rate"]] * 5)
     assert (report["further"]["gflop_per_window"] < report["before"]["gflop_per_window"]) == (mode == "structural")
     saved = load_file(done.path() / "checkpoint" / "best.safetensors")
     width = 8 if mode == "masked" else 2
     assert saved["layers.0.attention.output.weight"].shape == (8, width)
     if mode == "masked":
         assert (saved["layers.0.attention.output.weight"] == 0).sum() >= 6 * 8
+
+
+def test_training_on_that_does_not_help_is_not_kept(tmp_path, series):
+    """A rate that ruins the model: validation then chooses the state right after the last removal."""
+    flags = {"prune": "dynamic", "prune_heads_per_layer": 2, "prune_rounds": 1, "prune_learning_rate": 3.0}
+    done = run(tmp_path, series, epochs=2, **flags)
+    assert done.status == 0, done.stderr
+    results = done.info()["results"]
+    assert results["best_epoch"] == 2 and results["epochs"] == 4
+    report = results["pruning"]
+    assert report["further"]["test_mse"] == pytest.approx(report["after"]["test_mse"], rel=1e-5)
+    assert [row["learning_rate"] for row in done.lines("epochs.jsonl")][2:] == [3.0, 3.0]
 
 
 def test_the_control_of_dynamic_pruning_removes_nothing(tmp_path, series):
