@@ -327,7 +327,7 @@ class Settings:
     precision: str | None = setting(None, "fp32 or bf16 (default: bf16, fp32 without a GPU)", ["fp32", "bf16"])
     attention_backend: str = setting("auto", "attention kernel", ["auto", *BACKENDS])
     rounds: int = setting(5, "measurements of each variant, in turn")
-    repeats: int = setting(10, "timed steps of a measurement")
+    repeats: int = setting(30, "timed steps of a measurement")
     widths: str | None = setting(None, "widths of the break-even question (64 to 1024, without a GPU 256)")
     output_folder: str = setting("outputs", "folder of all results")
 

@@ -9,7 +9,8 @@ patch_size, batch_size, num_workers: an epoch's data time, compute time and tota
 thing changed at a time, both in the same precision (bf16 on a GPU, where flash kernels have no fp32), everything else
 as in the course project's configuration (transformers variant: context 512, patches of 12, width 128, 16 heads). The
 first of two or three epochs warms up.
-horizon: the published comparison, test MSE and MAE at horizons 96, 192, 336 and 720 with three seeds.
+horizon: the published comparison, test MSE and MAE at horizons 96, 192, 336 and 720 with three seeds: PatchTST/42, and
+with --context_length 512 PatchTST/64, in a folder of its own.
 pruning: the whole model, static and dynamic pruning, masked and cut, and models of the pruned size from scratch.
 
 A case is a run folder outputs/patchtst/<experiment>/<case>; other flags than those of the experiment are handed on to
@@ -149,9 +150,10 @@ def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> l
 
 
 def folder_of(name: str, settings: Any) -> Path:
-    """Where an experiment's cases lie; those of horizon by data set, because each has its own published results."""
+    """Where an experiment's cases lie; those of horizon by data set and context, as their published results."""
     data = settings.dataset or ("sample" if settings.data_path is None else Path(settings.data_path).name.split(".")[0])
-    own = f"{name}-{data}" if name == "horizon" else name
+    context = "" if settings.context_length is None else f"-context-{settings.context_length}"
+    own = f"{name}-{data}{context}" if name == "horizon" else name
     return Path(settings.output_folder) / settings.experiment / own
 
 

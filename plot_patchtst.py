@@ -295,7 +295,9 @@ def horizon_figure(cases: Sequence[Case]) -> Figure:
     """Test MSE of every seed and their mean by horizon, beside the published figures; the axis does not begin at 0."""
     groups = by_prefix(cases)
     data = next((case.info["dataset"]["name"] for case in cases if case.info), "?")
-    figure, (ax,) = new_figure(f"Test MSE by horizon: {data} (the axis does not begin at 0)", facts(cases))
+    context = next((case.info["model"]["context_length"] for case in cases if case.info), "?")
+    title = f"Test MSE by horizon: {data}, context {context} (the axis does not begin at 0)"
+    figure, (ax,) = new_figure(title, facts(cases))
     ax.set(
         xlabel="horizon (rows); below it the MSE of repeating the last day", ylabel="test MSE, standardised channels"
     )

@@ -70,22 +70,31 @@ def mean_of(group: list[Case], key: Callable[[dict[str, Any]], float | None]) ->
     return sum(values) / len(values) if values and None not in values else None
 
 
+def context_of(folder: Path) -> int:
+    """The context of a folder of the horizon experiment; that of PatchTST/42 where its name has none."""
+    return int(folder.name.rpartition("-context-")[2]) if "-context-" in folder.name else 336
+
+
 def horizon_table(outputs: Path) -> str:
-    """Test errors by dataset and horizon beside the published ones; what was not run is a row, too."""
-    header = ["dataset", "horizon", "seeds", "test MSE, mean", "largest - smallest", "MAE, mean"]
+    """Test errors by dataset, context and horizon beside the published ones; what was not run is a row, too."""
+    header = ["dataset", "context", "horizon", "seeds", "test MSE, mean", "largest - smallest", "MAE, mean"]
     header += ["MSE on whole batches of 128 only", "PatchTST/42, published MSE / MAE", "PatchTST/64, published"]
     header += ["repeat last day, MSE", "attention, precision"]
     lines = []
-    for data, published in PUBLISHED.items():
-        folder = outputs / "patchtst" / f"horizon-{data}"
+    folders = []
+    for data in PUBLISHED:
+        own = sorted((outputs / "patchtst").glob(f"horizon-{data}-context-[0-9]*/"), key=context_of)
+        folders += [(data, folder) for folder in (outputs / "patchtst" / f"horizon-{data}", *own)]
+    for data, folder in folders:
         groups = by_prefix(read_experiment(folder)[1]) if (folder / "experiment.json").is_file() else {}
-        for horizon, (small, large) in published.items():
+        context = str(context_of(folder))
+        for horizon, (small, large) in PUBLISHED[data].items():
             group = groups.get(f"horizon-{horizon}", [])
             done = [case for case in group if case.ok]
             if not done:
                 reason = ", ".join(sorted({case.status for case in group})) or "not run"
                 reason = "not run: the data could not be had" if data == "traffic" and not group else reason
-                lines.append([data, str(horizon), reason, *["-"] * 4, small, large, "-", "-"])
+                lines.append([data, context, str(horizon), reason, *["-"] * 4, small, large, "-", "-"])
                 continue
             errors = [case.results["test_mse"] for case in done]
             whole = mean_of(group, lambda results: (results.get("test_in_whole_batches") or {}).get("mse"))
@@ -95,6 +104,7 @@ def horizon_table(outputs: Path) -> str:
             lines.append(
                 [
                     data,
+                    context,
                     str(horizon),
                     f"{len(done)}{failed}",
                     f"{sum(errors) / len(errors):.4f}",

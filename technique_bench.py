@@ -131,7 +131,9 @@ def clearly_faster(fast: Sequence[Cost], slow: Sequence[Cost]) -> bool:
 
 
 def time_difference(costs: Sequence[Cost], base: Sequence[Cost]) -> str:
-    """clearly faster or clearly slower than the base in every round, or no clear difference in time."""
+    """Clearly faster or slower than the base (in every round), no clear difference in time, or not compared."""
+    if any(cost.status != "ok" for cost in (*costs, *base)):
+        return "not compared"
     if clearly_faster(costs, base):
         return "clearly faster"
     return "clearly slower" if clearly_faster(base, costs) else "no clear difference in time"

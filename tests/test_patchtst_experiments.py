@@ -141,17 +141,17 @@ def test_an_experiment_runs_every_case_and_draws_those_that_fail_too(finished):
     for case in content["cases"][:2]:
         results = json.loads((place / case["name"] / "run.json").read_text())["results"]
         assert results["epoch_total_s"] == pytest.approx(results["epoch_data_s"] + results["epoch_compute_s"], abs=1e-5)
-    waves = folder / "patchtst" / "horizon-waves"
+    waves = folder / "patchtst" / "horizon-waves-context-32"
     assert {path.name for path in waves.glob("*.png")} == {"test_mse.png", "mse_curves.png"}
     assert json.loads(out_2.splitlines()[-1])["status"] == "ok"
 
 
 def test_finished_cases_are_not_run_again(finished, series):
     folder, _, _ = finished
-    before = (folder / "patchtst" / "horizon-waves" / "horizon-8-seed-0" / "run.json").read_text()
+    before = (folder / "patchtst" / "horizon-waves-context-32" / "horizon-8-seed-0" / "run.json").read_text()
     status, out, _ = call("--horizon_exp", "--horizon=8", "--seeds=0,1", *flags_of(folder, series))
     assert status == 0 and "2 cases, 0 to run" in out
-    assert (folder / "patchtst" / "horizon-waves" / "horizon-8-seed-0" / "run.json").read_text() == before
+    assert (folder / "patchtst" / "horizon-waves-context-32" / "horizon-8-seed-0" / "run.json").read_text() == before
 
 
 def test_the_pruning_experiment_draws_its_figure(tmp_path, series):
@@ -168,7 +168,7 @@ def test_the_pruning_experiment_draws_its_figure(tmp_path, series):
 
 def test_figures_of_runs_and_experiments_from_the_command_line(finished, monkeypatch, capsys):
     folder, _, _ = finished
-    run = folder / "patchtst" / "horizon-waves" / "horizon-8-seed-0"
+    run = folder / "patchtst" / "horizon-waves-context-32" / "horizon-8-seed-0"
     monkeypatch.setattr(sys, "argv", ["plot_patchtst.py", str(run), str(run.parent)])
     assert plot_patchtst.main() == 0
     for name in ("mse_curves.png", "forecast.png", "memory_per_phase.png"):

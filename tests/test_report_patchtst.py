@@ -58,11 +58,24 @@ def test_means_and_statuses_of_the_horizons(tmp_path):
     rows.append(write_case(folder, "horizon-336-seed-0", status="error"))
     write_experiment(folder, "horizon", rows)
     table = horizon_table(tmp_path)
-    assert cells(table, "ETTm1 | 96")[2:7] == ["3", "0.3000", "0.0200", "0.3500", "0.2900"]
-    assert cells(table, "ETTm1 | 96")[7:10] == ["0.290 / 0.342", "0.293 / 0.346", "0.5000"]
-    assert cells(table, "ETTm1 | 192")[2:4] == ["1 of 2", "0.4000"] and cells(table, "ETTm1 | 192")[6] == "-"
-    assert cells(table, "ETTm1 | 336")[2] == "error" and cells(table, "ETTm1 | 720")[2] == "not run"
-    assert cells(table, "traffic | 96")[2] == "not run: the data could not be had"
+    assert cells(table, "ETTm1 | 336 | 96")[3:8] == ["3", "0.3000", "0.0200", "0.3500", "0.2900"]
+    assert cells(table, "ETTm1 | 336 | 96")[8:11] == ["0.290 / 0.342", "0.293 / 0.346", "0.5000"]
+    assert (
+        cells(table, "ETTm1 | 336 | 192")[3:5] == ["1 of 2", "0.4000"] and cells(table, "ETTm1 | 336 | 192")[7] == "-"
+    )
+    assert cells(table, "ETTm1 | 336 | 336")[3] == "error" and cells(table, "ETTm1 | 336 | 720")[3] == "not run"
+    assert cells(table, "traffic | 336 | 96")[3] == "not run: the data could not be had"
+
+
+def test_horizons_of_a_longer_context_follow_those_of_the_standard_one(tmp_path):
+    for context, mse in (("", 0.3), ("-context-1024", 0.1), ("-context-512", 0.2)):
+        folder = tmp_path / "patchtst" / f"horizon-ETTh1{context}"
+        results = {"test_mse": mse, "test_mae": 0.35, "baselines": {}}
+        write_experiment(folder, "horizon", [write_case(folder, "horizon-96-seed-0", **results)])
+    found = [
+        line.split(" | ")[:5] for line in horizon_table(tmp_path).splitlines() if "ETTh1" in line and "| 96 |" in line
+    ]
+    assert [(line[1], line[4]) for line in found] == [("336", "0.3000"), ("512", "0.2000"), ("1024", "0.1000")]
 
 
 def test_a_sweep_with_a_case_that_failed(tmp_path):

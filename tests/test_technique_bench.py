@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import technique_bench
-from technique_bench import Cost, Study, compare, find_break_even, measure, relative_error
+from technique_bench import Cost, Study, compare, find_break_even, measure, relative_error, time_difference
 from utils import GIB, SettingsError
 
 CPU = torch.device("cpu")
@@ -118,3 +118,18 @@ def test_compare():
     assert compare([torch.tensor([1.0, 2.19])], plain, exact)[0] == "within rounding"
     assert compare([torch.tensor([1.0, 2.21])], plain, exact)[0] == "changed"
     assert compare([torch.tensor([1.0, float("nan")])], plain, exact) == ("changed", float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        ((0.9, 0.99), "clearly faster"),
+        ((1.3, 1.21), "clearly slower"),
+        ((0.9, 1.01), "no clear difference in time"),
+        ((1.3, 1.19), "no clear difference in time"),
+    ],
+)
+def test_a_difference_in_time_is_one_in_every_round(times, words):
+    base = [Cost("ok", ms=ms) for ms in (1.2, 1.0)]
+    assert time_difference([Cost("ok", ms=ms) for ms in times], base) == words
+    assert time_difference([Cost("ok", ms=times[0]), Cost("oom")], base) == "not compared"
