@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import yaml
@@ -510,7 +511,11 @@ def test_gpu_fetching_data_costs_less_than_1_percent(tmp_path):
         name: None for name in ("context_length", "horizon", "embedding_dim", "num_heads", "ffn_dim", "num_layers")
     }
     flags |= {"patch_length": None, "patch_stride": None, "batch_size": 256, "device": "cuda", "epochs": 3}
-    done = run(tmp_path, None, model_variant="transformers", evaluate_on="none", precision="bf16", **flags)
+    path = tmp_path / "long.csv"  # an epoch begins with a fixed cost, so it is one of a series as long as ETTh1
+    rows = pandas.DataFrame(np.random.default_rng(0).normal(size=(17420, 7)), columns=list("abcdefg"))
+    rows.insert(0, "date", pandas.date_range("2016-07-01", periods=len(rows), freq="h"))
+    rows.to_csv(path, index=False)
+    done = run(tmp_path, path, model_variant="transformers", evaluate_on="none", precision="bf16", **flags)
     assert done.status == 0, done.stderr
     assert done.info()["results"]["data_share"] < 0.01
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -169,20 +170,25 @@ def test_gpu_compiled_in_a_model():
 
     torch.manual_seed(0)
     model = PatchTST(patchtst_config("official", attention_backend="short", dropout=0.0)).to(CUDA)
+    exact = PatchTST(patchtst_config("official", attention_backend="eager", dropout=0.0)).to(CUDA)
+    exact.load_state_dict(model.state_dict())
     inputs = torch.randn(4, 336, 2, device=CUDA)
-    results = []
-    for called in (model, torch.compile(model, dynamic=False, fullgraph=True)):
-        model.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16), observe_kernel() as observer:
-            forecast = called(inputs) if called is model else None
-        assert called is not model or "short_attention" in observer.name
-        if forecast is None:
-            with torch.autocast("cuda", torch.bfloat16):
-                forecast = called(inputs)
-        forecast.square().mean().backward()
-        results.append([forecast.detach(), *(p.grad.clone() for p in model.parameters())])
-    for own, plain in zip(*results, strict=True):
-        assert (own - plain).norm() <= 0.05 * plain.norm() + 1e-4
+
+    def result(called: torch.nn.Module, parameters: Iterator[torch.nn.Parameter]) -> list[torch.Tensor]:
+        forecast = called(inputs)
+        return [forecast.detach(), *torch.autograd.grad(forecast.float().square().mean(), list(parameters))]
+
+    with torch.autocast("cuda", torch.bfloat16):
+        with observe_kernel() as observer:
+            plain = result(model, model.parameters())
+        own = result(torch.compile(model, dynamic=False, fullgraph=True), model.parameters())
+    assert "short_attention" in observer.name
+    right = result(exact, exact.parameters())
+    names = ["forecast", *(name for name, _ in model.named_parameters())]
+    for name, mine, theirs, value in zip(names, own, plain, right, strict=True):
+        # no more than twice the error of the same model without the compiler; gradients of biases before a batch norm
+        # are 0 but for rounding, so that theirs is all error
+        assert (mine - value).norm() <= 2 * (theirs - value).norm() + 1e-3 * value.norm(), name
 
 
 @pytest.mark.gpu
