@@ -160,6 +160,16 @@ def test_what_the_readme_says_about_patchtst():
     masked = [f"{100 * value:.1f}" for name, value in extra.items() if "masked" in name]
     assert f"takes {min(masked)} to {max(masked)} % more time" in README
 
+    block = json.loads((ROOT / "outputs" / "techniques" / "head_pruning" / "run.json").read_text())["results"]
+    rows = {row["variant"]: row for row in block["rows"]}
+    half, masked = rows["8 of 16 structural"], rows["8 of 16 masked"]
+    assert f"takes {-100 * half['extra_time']:.1f} % less time and {half['saved_gib']:.3f} GiB less memory" in README
+    assert f"half of its heads, {100 * masked['extra_time']:.1f} % more time with them masked" in README
+    assert (block["break_even"][0]["low"], block["break_even"][0]["high"]) == (None, 64)
+    for row in (half, rows["5 of 16 structural"]):
+        assert row["saved_gib"] == pytest.approx(row["formula_saved_gib"], rel=0.02)
+        assert row["note"] == "clearly faster"
+
     def pruned(case: str) -> float:
         return sum(patchtst_results("pruning", f"{case}-seed-{seed}")["test_mse"] for seed in (0, 1, 2)) / 3
 
