@@ -298,6 +298,14 @@ def main() -> int:
     """Check everything that can be wrong with the input, make the run folders, run, and record how it ended."""
     settings = parse_settings(Settings, sections=SECTIONS)
     chosen = [name for name in EXPERIMENTS if getattr(settings, name)]
+    series = load_series(  # a file that is missing or damaged ends an experiment before its first process
+        settings.dataset,
+        settings.data_path,
+        fetch=settings.download,
+        date_column=settings.date_column,
+        allow_gaps=settings.allow_gaps,
+        cache_folder=settings.cache_folder,
+    )
     if chosen:
         import patchtst_experiments
 
@@ -308,14 +316,6 @@ def main() -> int:
                 f"--{name} has no effect without one of {', '.join(f'--{name}' for name in EXPERIMENTS)}"
             )
     check_writable(Path(settings.output_folder) / settings.experiment, "--output_folder")
-    series = load_series(
-        settings.dataset,
-        settings.data_path,
-        fetch=settings.download,
-        date_column=settings.date_column,
-        allow_gaps=settings.allow_gaps,
-        cache_folder=settings.cache_folder,
-    )
     lock = hold_lock(settings.gpu_lock)  # before anything touches the GPU; released when this process ends
     plan = make_plan(settings)
     data = split_series(

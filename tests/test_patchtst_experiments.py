@@ -104,6 +104,7 @@ def test_the_pruning_study_has_its_controls():
         (["--horizon_exp", "--parallel_runs=0"], "--parallel_runs must be at least 1"),
         (["--horizon_exp", "--only=x"], "--only: no case is named x"),
         (["--horizon_exp", "--seeds=a"], "--seeds a must be different"),
+        (["--horizon_exp", "--data_path=missing.csv"], "--data_path missing.csv cannot be read"),
     ],
 )
 def test_wrong_settings(tmp_path, words, sentence):
