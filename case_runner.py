@@ -88,7 +88,7 @@ def status_of(case: Case, folder: Path) -> tuple[str, str]:
 def check_old_folder(folder: Path) -> None:
     """Raise unless a folder that a case needs is missing, empty or a run of this lab, so that it may be removed."""
     if folder.exists() and read_info(folder) is None and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"{folder} holds no run.json of a run, so it is not removed; move it or change --cases")
+        raise SettingsError(f"{folder} holds no run.json of a run, so it is not removed; move it or leave its case out")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -221,6 +221,7 @@ def run_cases(
     choose_gpu: bool = False,
     place: dict[str, str] | None = None,
     timeout_minutes: float = 30.0,
+    timeout_advice: str = "",
     deadline: float = float("inf"),
     fresh_compile: bool = True,
 ) -> None:
@@ -234,6 +235,7 @@ def run_cases(
         choose_gpu: make that GPU the only one that the case sees.
         place: flags beside those of the case that do not decide about its result.
         timeout_minutes: a case that takes longer is ended and counts as an error.
+        timeout_advice: added to that error, such as the flag to raise.
         deadline: of time.monotonic(); no case is started after it.
         fresh_compile: each case compiles anew, so that the seconds it takes for that are comparable.
     """
@@ -254,7 +256,7 @@ def run_cases(
                     continue
                 timed_out = job.process.returncode is None
                 kill_group(job)
-                words = f"took longer than {timeout_minutes:g} minutes; raise --timeout_minutes"
+                words = f"took longer than {timeout_minutes:g} minutes{timeout_advice}"
                 conclude(job, folder, environment, timed_out=words if timed_out else None, stopping=passed_on)
                 del running[slot]
                 done(job.case)

@@ -283,6 +283,7 @@ def main() -> int:
                         choose_gpu=bool(gpus),
                         place={"cache_folder": settings.cache_folder},
                         timeout_minutes=settings.timeout_minutes,
+                        timeout_advice="; raise --timeout_minutes",
                         deadline=deadline,
                     )
                 except KeyboardInterrupt:  # the second Ctrl-C: the processes are gone, what is finished stays

@@ -270,7 +270,7 @@ def weight_norms(layer: PrunableAttention) -> torch.Tensor:
 def gradient_scores(
     layers: Sequence[PrunableAttention], batches: Iterable[Any], loss: Callable[[Any], torch.Tensor] | None
 ) -> list[torch.Tensor]:
-    """(heads,) a layer: mean over samples of |<O_h, dL/dO_h>|."""
+    """(heads,) a layer: sum over samples of |<O_h, dL/dO_h>|, which ranks heads as their mean does."""
     totals = [torch.zeros(layer.num_heads, device=layer.qkv.weight.device) for layer in layers]
     samples = 0
 

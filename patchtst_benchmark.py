@@ -12,7 +12,8 @@ library adds fp32 positions and so carries fp32 through every layer), BatchNorm 
 
 break_even: the same step with textbook and with fused attention at a fixed number of tokens in a batch and a rising
 number of tokens in a sequence: windows get longer and fewer. Measured in turn, several rounds; faster is faster in
-every round. Without the compiler the fused kernel also saves launches, so both are asked.
+every round. Without the compiler a fused kernel also saves launches and passes over memory that the compiler saves
+textbook attention, too; --compile_break_even true asks the compiled step as well.
 
 pruned_step: the step of the whole model beside those of models with fewer heads, masked and cut, from the same weights.
 
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import observe_kernel, prepare_for_compile
+from attention import KernelObserver, prepare_for_compile
 from attention_support import BACKENDS, FULL, choose_backend, choose_flash_backend, unsupported_reason
 from head_pruning import MODES, attention_layers, remove_heads, static_choice
 from optimizers import make_optimizer
@@ -39,6 +40,7 @@ from technique_bench import Cost, Study, clearly_faster, compare, interleaved, m
 from utils import SettingsError, count_parameters, parse_settings, run_script, setting
 
 QUESTIONS = ("peer", "break_even", "pruned_step")
+WRAPPERS = ("aten::scaled_dot_product_attention",)  # operators that only choose one of the others
 
 
 # fmt: off
@@ -57,7 +59,7 @@ class Settings:
     ffn_dim: int | None = setting(None, "width inside the MLP (default: 512, without a GPU 64)")
     precision: str | None = setting(None, "default: bf16, without a GPU fp32", ["fp32", "tf32", "bf16"])
     backends: str | None = setting(None, f"kernels beside eager, some of {', '.join(BACKENDS)} (default: flash, auto)")
-    use_compile: bool | None = setting(None, "compiled variants as well (default: with a GPU)")
+    use_compile: bool | None = setting(None, "peer, pruned_step: compiled variants as well (default: with a GPU)")
     compile_break_even: bool = setting(False, "ask the break-even of the compiled step, too: a minute a size")
     break_even_tokens: str | None = setting(None, "tokens in a sequence, rising (default: 4 to 1024, no GPU 4 to 64)")
     rounds: int = setting(5, "measurements of each variant, in turn")
@@ -185,10 +187,24 @@ class Trial:
         self.optimizer.zero_grad(set_to_none=True)
 
     def forecast(self) -> torch.Tensor:
-        """(batch, horizon, channels) in training mode, so that BatchNorm takes the batch's own statistics."""
+        """(batch, horizon, channels) in training mode, so that BatchNorm takes the batch's own statistics.
+
+        Of what is timed: compiled if the trial is.
+        """
         with autocast(self.precision, self.device):
-            result = self.model(self.batch[0])
-        return result if isinstance(self.model, PatchTST) else result.prediction_outputs
+            if isinstance(self.model, PatchTST):
+                return self.called(self.batch[0])
+            return self.model(self.batch[0]).prediction_outputs
+
+    def kernel(self) -> str:
+        """The attention operators that a training step runs, compiled or not."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            self.step()
+        names = {event.key for event in profile.key_averages()}
+        chosen = {name for name in names if any(sign in name for sign in KernelObserver.SIGNS)}
+        fused = sorted(name.replace("::", ".") for name in chosen if "backward" not in name and name not in WRAPPERS)
+        plain = "matmul, softmax, matmul" + (" (compiled)" if self.called is not self.model else " (eager)")
+        return ", ".join(fused) or plain
 
 
 def results_to_compare(trial: Trial, pairs: list[tuple[str, torch.Tensor, list[torch.Tensor]]]) -> list[torch.Tensor]:
@@ -262,17 +278,12 @@ def ask_peer(study: Study, settings: Settings, device: torch.device, backends: l
             trials[f"transformers, {implementation}{suffix}"] = Trial(model, settings, device, batch)
         for backend in ["eager", *backends]:
             trials[f"this lab, {backend}{suffix}"] = Trial(our_model(settings, backend), settings, device, batch)
-        parity = {
-            name: check_parity(trial, settings, device, batch)
-            for name, trial in trials.items()
-            if isinstance(trial.model, PatchTST)
-        }
-        kernels, seconds = {}, {}
+        kernels, seconds, parity = {}, {}, {}
         for name, trial in trials.items():
-            with observe_kernel() as observer, torch.no_grad():
-                trial.forecast()
-            kernels[name] = observer.name
             seconds[name] = trial.compile() if compiled else None
+            kernels[name] = trial.kernel()
+            if isinstance(trial.model, PatchTST):  # last, because it sets the weights of both to the same numbers
+                parity[name] = check_parity(trial, settings, device, batch)
         steps = {name: (trial.step, (trial.model, trial.optimizer)) for name, trial in trials.items()}
         options = {"rounds": settings.rounds, "repeats": settings.repeats, "compiled": compiled}
         costs = interleaved(steps, device, **options)

@@ -8,13 +8,15 @@
 patch_size, batch_size, num_workers: an epoch's data time, compute time and total for textbook and fused attention, one
 thing changed at a time, both in the same precision (bf16 on a GPU, where flash kernels have no fp32), everything else
 as in the course project's configuration (transformers variant: context 512, patches of 12, width 128, 16 heads). The
-first of two or three epochs warms up.
+first epoch warms up, and nothing else runs beside: where a step is a few milliseconds long, a process that only loads
+its packages on the same host already shows.
 horizon: the published comparison, test MSE and MAE at horizons 96, 192, 336 and 720 with three seeds: PatchTST/42, and
-with --context_length 512 PatchTST/64, in a folder of its own.
+with --context_length 512 PatchTST/64.
 pruning: the whole model, static and dynamic pruning, masked and cut, and models of the pruned size from scratch.
 
-A case is a run folder outputs/patchtst/<experiment>/<case>; other flags than those of the experiment are handed on to
-every case. A case that ended with the same flags is not run again, so the same command goes on after Ctrl-C.
+A case is a run folder outputs/patchtst/<experiment>-<data set>/<case>; other flags than those of the experiment are
+handed on to every case. A case that ended with the same flags is not run again, so the same command goes on after
+Ctrl-C; one that ended with other flags is run anew.
 """
 
 import dataclasses
@@ -48,7 +50,6 @@ WORKERS = ("device", 0, 2, 4, 8, 16)
 HORIZONS = (96, 192, 336, 720)
 SEEDS = "0,1,2"
 PLACE = (  # settings that say where and how to run, not what
-    "gpu_lock",
     "output_folder",
     "experiment",
     "run_name",
@@ -59,7 +60,8 @@ PLACE = (  # settings that say where and how to run, not what
     "parallel_runs",
     "cache_folder",
 )
-TIMED_EPOCHS = 2  # beside one that warms up; one where an epoch has many steps or waits for workers
+TIMED_EPOCHS = 9  # beside one that warms up
+FEW_TIMED_EPOCHS = 3  # where an epoch has many steps, with worker processes and without a GPU
 LAPTOP = {"embedding_dim": 16, "num_heads": 4, "ffn_dim": 32}  # without a GPU; the shape of the study would take hours
 
 # The pruning study: name, flags, words. "{k}" is 5 of 16 heads, the course project's number, "{half}" half of them.
@@ -116,14 +118,14 @@ def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> l
             if getattr(settings, flag) != type(settings).__dataclass_fields__[flag].default:
                 raise SettingsError(f"--{flag} is what --{name}_exp sets itself; leave it out")
         base = {"model_variant": "transformers", "batch_size": 512, "epochs": 1 + TIMED_EPOCHS, "evaluate_on": "none"}
-        base |= {"schedule": "constant", "log_every": 50} | ({} if gpu else LAPTOP | {"epochs": 2})
+        base |= {"schedule": "constant", "log_every": 50} | ({} if gpu else LAPTOP | {"epochs": 1 + FEW_TIMED_EPOCHS})
         base |= {key: value for key, value in common.items() if key in base}
         values = {"patch_size": PATCH_LENGTHS, "batch_size": BATCH_SIZES, "num_workers": WORKERS}[name]
         label = {"patch_size": "patch", "batch_size": "batch", "num_workers": "workers"}[name]
         for value in values:
             own = {} if value == "device" else {varied: value}
             if name == "num_workers" or (name == "batch_size" and value < 256):
-                own["epochs"] = base["epochs"] if "epochs" in common else 2
+                own["epochs"] = base["epochs"] if "epochs" in common else 1 + FEW_TIMED_EPOCHS
             for kind, flags in attention_flags(settings, gpu).items():
                 if kind == "auto" and name == "num_workers":
                     continue
@@ -150,11 +152,10 @@ def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> l
 
 
 def folder_of(name: str, settings: Any) -> Path:
-    """Where an experiment's cases lie; those of horizon by data set and context, as their published results."""
+    """Where an experiment's cases lie: by data set, and by context where it is given."""
     data = settings.dataset or ("sample" if settings.data_path is None else Path(settings.data_path).name.split(".")[0])
     context = "" if settings.context_length is None else f"-context-{settings.context_length}"
-    own = f"{name}-{data}{context}" if name == "horizon" else name
-    return Path(settings.output_folder) / settings.experiment / own
+    return Path(settings.output_folder) / settings.experiment / f"{name}-{data}{context}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -183,9 +184,10 @@ def run(settings: Any, chosen: list[str]) -> int:
         raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
     if settings.parallel_runs < 1:
         raise SettingsError(f"--parallel_runs must be at least 1, not {settings.parallel_runs}")
-    if settings.parallel_runs > 1 and not set(names) <= {"horizon", "pruning"}:
-        raise SettingsError("--parallel_runs above 1 would spoil the times that the sweeps measure; leave it out")
     gpus = split_list(settings.gpus)
+    for flag, count in (("parallel_runs", settings.parallel_runs), ("gpus", len(gpus))):
+        if count > 1 and not set(names) <= {"horizon", "pruning"}:
+            raise SettingsError(f"--{flag} above 1 would spoil the times that the sweeps measure; leave it out")
     if gpus and not gpu:
         raise SettingsError("--gpus needs NVIDIA GPUs, and there is none here; leave it out")
     leave_out = (*PLACE, *chosen)
@@ -209,10 +211,15 @@ def run(settings: Any, chosen: list[str]) -> int:
         check_writable(folder, "--output_folder")
         check_device(cases, folder, environment)
         for case in cases:
-            if status_of(case, folder)[0] not in FINISHED:
-                check_old_folder(folder / case.name)
+            status, changes = status_of(case, folder)
+            if status in FINISHED or (only and case.name not in only):
+                continue
+            check_old_folder(folder / case.name)
+            if status == "changed":
+                print(f"{folder / case.name} was made with other flags and is run anew: {changes}")
     slots = [slot for _ in range(settings.parallel_runs) for slot in (gpus or ["0" if gpu else None])]
     summary: dict[str, Any] = {"status": "ok", "experiments": []}
+    failed: list[str] = []
     with StopRequest() as stop, hang_up_means_stop():
         for name, folder, cases in plans:
             with alone(folder):
@@ -225,19 +232,15 @@ def run(settings: Any, chosen: list[str]) -> int:
                     line = result_line(case, read_info(folder / case.name) or {})
                     print(f"{line}   [{time.monotonic() - begin:.0f} s]", flush=True)
 
-                place = {"cache_folder": settings.cache_folder}
-                alone_on_gpu = gpu and name in ("patch_size", "batch_size", "num_workers")
-                if alone_on_gpu:  # two cases a GPU: one measures, the next one loads its packages and waits
-                    place["gpu_lock"] = str(folder / ".gpu_lock")
                 case_runner.run_cases(
                     todo,
                     folder,
                     environment,
                     stop,
                     done,
-                    slots=[slot for slot in slots for _ in range(2 if alone_on_gpu else 1)],
+                    slots=slots,
                     choose_gpu=bool(gpus),
-                    place=place,
+                    place={"cache_folder": settings.cache_folder},
                     timeout_minutes=120,
                     fresh_compile=False,
                 )
@@ -251,14 +254,18 @@ def run(settings: Any, chosen: list[str]) -> int:
                 content |= {key: environment[key] for key in ("device_name", "git_commit")} | {"cases": rows}
                 write_atomically(folder / "experiment.json", json.dumps(content, indent=2) + "\n")
                 summary["experiments"].append({"folder": str(folder), "left": left})
+                wanted = [row["status"] for row in rows if not only or row["name"] in only]
+                if wanted and set(wanted) <= {"oom", "unsupported"}:
+                    failed.append(name)
+                    print(f"{folder}: no case trained; the lines above say why")
                 if settings.figures and not left:
                     import plot_patchtst  # matplotlib takes seconds to load
 
                     for path in plot_patchtst.plot_experiment(folder):
                         print(path)
     left = [name for entry in summary["experiments"] for name in entry["left"] if not only or name in only]
-    summary["status"] = "interrupted" if stop.signal else "incomplete" if left else "ok"
+    summary["status"] = "interrupted" if stop.signal else "incomplete" if left else "failed" if failed else "ok"
     print(json.dumps(summary))
     if stop.signal is not None:
         return stop.exit_status
-    return 1 if left else 0
+    return 1 if left or failed else 0

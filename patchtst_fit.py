@@ -274,7 +274,10 @@ class Training:
     # -- results -----------------------------------------------------------------------------------------------------
 
     def times(self) -> dict[str, Any]:
-        """Step and epoch times without the first epoch, which warms up; of a single epoch without its first steps."""
+        """Step times without the first epoch, which warms up; of a single epoch without its first steps.
+
+        The seconds are those of the epoch with the median total.
+        """
         steps = timed_steps(self.laps)
         tokens = self.tokens_per_step
         headline = step_times(steps["step_ms"], steps["data_ms"], self.first_step_ms, tokens, self.flops_per_token)
@@ -282,9 +285,11 @@ class Training:
         device = utils.device_name(self.device)
         whole = [lap for lap in self.laps[1:] if len(lap["step_ms"]) == self.steps_per_epoch]
 
-        def middle(value: Any) -> float | None:
-            found = utils.percentile([value(lap) for lap in whole], 50)
-            return None if found is None else round(found, 6)
+        totals = sorted(whole, key=lambda lap: sum(lap["data_ms"]) + sum(lap["step_ms"]))
+        middle = totals[(len(totals) - 1) // 2] if totals else None  # one epoch, so that its parts add up
+
+        def of_middle(value: Any) -> float | None:
+            return None if middle is None else round(value(middle), 6)
 
         data, compute = sum(steps["data_ms"]), sum(steps["step_ms"])
         return headline | {
@@ -292,10 +297,10 @@ class Training:
             "mfu": None if rate is None else self.mfu(rate),
             "mfu_denominator_tflops": utils.peak_tflops(device, self.plan.precision),
             "timed_epochs": len(whole),
-            "epoch_data_s": middle(lambda lap: sum(lap["data_ms"]) / 1000),
-            "epoch_compute_s": middle(lambda lap: sum(lap["step_ms"]) / 1000),
-            "epoch_total_s": middle(lambda lap: (sum(lap["data_ms"]) + sum(lap["step_ms"])) / 1000),
-            "epoch_wall_s": middle(lambda lap: lap["wall_s"]),
+            "epoch_data_s": of_middle(lambda lap: sum(lap["data_ms"]) / 1000),
+            "epoch_compute_s": of_middle(lambda lap: sum(lap["step_ms"]) / 1000),
+            "epoch_total_s": of_middle(lambda lap: (sum(lap["data_ms"]) + sum(lap["step_ms"])) / 1000),
+            "epoch_wall_s": of_middle(lambda lap: lap["wall_s"]),
             "data_share": round(data / (data + compute), 6) if steps["step_ms"] else None,
         }
 

@@ -46,6 +46,7 @@ SHAPE = (
     "dropout", "head_dropout", "norm", "norm_position", "positions",
 )  # fmt: skip
 DYNAMIC = ("prune_rounds", "prune_every_epochs", "prune_learning_rate", "prune_importance")
+MAX_WORKERS = 256  # processes
 PRUNING = ("prune_heads_per_layer", "prune_mode", *DYNAMIC)
 
 
@@ -104,8 +105,8 @@ def make_plan(settings: Any) -> Plan:
         raise SettingsError(f"--max_steps must be at least 1, not {settings.max_steps}")
     if not 0 <= settings.weight_decay < float("inf"):
         raise SettingsError(f"--weight_decay must be at least 0 and finite, not {settings.weight_decay}")
-    if settings.num_workers is not None and settings.num_workers < 0:
-        raise SettingsError(f"--num_workers must be at least 0, not {settings.num_workers}")
+    if settings.num_workers is not None and not 0 <= settings.num_workers <= MAX_WORKERS:
+        raise SettingsError(f"--num_workers must be from 0 to {MAX_WORKERS}, not {settings.num_workers}")
     for name in ("experiment", "run_name"):
         value = getattr(settings, name)
         if value is not None and (value in ("", ".", "..") or Path(value).name != value or len(value) > 200):
@@ -212,6 +213,8 @@ def check_pruning(settings: Any, config: PatchTSTConfig) -> tuple[int, int]:
         return 0, 0
     if settings.evaluate_on == "none":
         raise SettingsError("--prune compares errors, so it needs --evaluate_on test; leave --evaluate_on out")
+    if settings.prune == "dynamic" and settings.max_steps is not None:
+        raise SettingsError("--max_steps would end --prune dynamic before heads are removed; give --epochs instead")
     if settings.prune != "dynamic":
         for name in DYNAMIC:
             if getattr(settings, name) is not None:

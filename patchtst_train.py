@@ -15,10 +15,8 @@ An epoch is data time plus compute time, on one clock and without a gap: on a GP
 stream, so that loading which is hidden behind computing costs nothing and loading that the GPU waits for counts.
 """
 
-import fcntl
 import json
-import os
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +133,6 @@ class Settings:
     num_workers_exp: bool = setting(False, "0 to 16 worker processes and windows on the device, vanilla against flash")
     horizon_exp: bool = setting(False, "horizons 96 to 720, seeds 0, 1 and 2")
     pruning_exp: bool = setting(False, "every way to prune against the whole model and smaller ones, three seeds")
-    gpu_lock: str | None = setting(None, "file whose lock a run holds while it uses the GPU, so that it measures alone")
     parallel_runs: int = setting(1, "horizon_exp, pruning_exp: runs at a time on a GPU; times then say nothing")
     gpus: str | None = setting(None, "experiments: such as 0,1 to use these GPUs side by side")
     only: str | None = setting(None, "experiments: only these cases, separated by commas")
@@ -154,8 +151,8 @@ def run_seed(settings: Settings, plan: Plan, data: SeriesData, run: RunFolder, s
     training = Training(settings, plan, data, run, seed, stop)
     model = training.model
     inputs, _ = training.windows.batch(torch.zeros(1, dtype=torch.int64, device=plan.device))
-    with torch.no_grad(), observe_kernel() as observer, autocast(plan.precision, plan.device):
-        model.eval()
+    model.eval()  # running statistics stay as they are; with gradients, because kernels differ in whether they have any
+    with observe_kernel() as observer, autocast(plan.precision, plan.device):
         model(inputs)
     run.update(
         status="running",
@@ -279,21 +276,6 @@ def run_all(settings: Settings, plan: Plan, data: SeriesData, stop: StopRequest)
     return 0
 
 
-def hold_lock(path: str | None) -> AbstractContextManager:
-    """Wait until no other run holds this file's lock for the same GPU, and hold it until the end.
-
-    So the next case of a sweep can load its packages while this one measures.
-    """
-    if path is None:
-        return nullcontext()
-    try:
-        file = Path(f"{path}-{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}").open("w")  # noqa: SIM115
-    except OSError as error:
-        raise SettingsError(f"--gpu_lock {path} cannot be opened ({error.strerror}); choose another file") from None
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
-
-
 def main() -> int:
     """Check everything that can be wrong with the input, make the run folders, run, and record how it ended."""
     settings = parse_settings(Settings, sections=SECTIONS)
@@ -316,7 +298,6 @@ def main() -> int:
                 f"--{name} has no effect without one of {', '.join(f'--{name}' for name in EXPERIMENTS)}"
             )
     check_writable(Path(settings.output_folder) / settings.experiment, "--output_folder")
-    lock = hold_lock(settings.gpu_lock)  # before anything touches the GPU; released when this process ends
     plan = make_plan(settings)
     data = split_series(
         series,
@@ -336,7 +317,7 @@ def main() -> int:
         raise SettingsError(f"--batch_size {plan.batch_size} of {channels} channels: {reason}")
     for line in (*plan.notes, f"data: {data.description['description']}; split {data.description['split']}"):
         print(line)
-    with lock, StopRequest() as stop:
+    with StopRequest() as stop:
         return run_all(settings, plan, data, stop)
 
 

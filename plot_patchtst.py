@@ -1,7 +1,7 @@
 """Draw the figures of patchtst_train.py from the files in its run folders and from nothing else.
 
     python plot_patchtst.py outputs/patchtst/RUN              one run: errors by epoch, forecasts, memory of each phase
-    python plot_patchtst.py outputs/patchtst/patch_size       an experiment: its comparison
+    python plot_patchtst.py outputs/patchtst/patch_size-ETTm1 an experiment: its comparison
 
 A case that ended with `oom`, `error` or `unsupported` is a cross with its status, never left out. Errors are those of
 the standardised channels. Prints the paths it wrote.
@@ -68,6 +68,28 @@ class Case:
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    @property
+    def epoch_totals(self) -> list[float]:
+        """Seconds of every timed epoch: all but the first, which warms up."""
+        return [row["total_s"] for row in self.epochs[1:]]
+
+
+def time_saved(own: Case | None, base: Case | None) -> tuple[float, bool] | None:
+    """How much less time an epoch takes than with `base`, as a share, and whether every timed epoch says so.
+
+    Returns:
+        (1 - median / median of base, clear); clear if all timed epochs of one, at least two, are faster than all of
+        the other. None if one of them has no times.
+    """
+    if own is None or base is None or not (own.ok and base.ok):
+        return None
+    times = [case.results.get("epoch_total_s") for case in (own, base)]
+    if None in times:
+        return None
+    mine, theirs = own.epoch_totals, base.epoch_totals
+    clear = min(len(mine), len(theirs)) > 1 and (max(mine) < min(theirs) or min(mine) > max(theirs))
+    return 1 - times[0] / times[1], clear
 
 
 def read_experiment(folder: Path) -> tuple[str, list[Case]]:
@@ -218,13 +240,13 @@ def sweep_figure(name: str, cases: Sequence[Case]) -> Figure:
     figure = Figure(figsize=(WIDTH_INCHES, 5.2), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
     figure.suptitle(
-        f"{title}: time of a training epoch\n{facts(cases)} | n = {count} timed epochs a bar",
+        f"{title}: time of a training epoch, median of n = {count} epochs and their range\n{facts(cases)}",
         fontsize=10.5,
         x=0.01,
         ha="left",
     )
     width, places = 0.8 / len(kinds), np.arange(len(rows))
-    top = max((case.results.get("epoch_total_s") or 0 for case in cases), default=1.0)
+    top = max((seconds for case in cases if case.ok for seconds in case.epoch_totals), default=1.0)
     for number, kind in enumerate(kinds):
         for place, row in zip(places, rows.values(), strict=True):
             case = row.get(kind)
@@ -239,9 +261,10 @@ def sweep_figure(name: str, cases: Sequence[Case]) -> Figure:
             left.bar(at, compute, 0.92 * width, color=KINDS[kind][1])
             left.bar(at, data, 0.92 * width, bottom=compute, color="white", edgecolor=KINDS[kind][1], hatch="////")
             total = compute + data
-            left.text(
-                at, total + 0.01 * top, f"{total:.2f}" if total < 10 else f"{total:.1f}", fontsize=7.5, ha="center"
-            )
+            least, most = min(case.epoch_totals, default=total), max(case.epoch_totals, default=total)
+            left.plot([at, at], [least, most], color="black", linewidth=1)
+            words = f"{total:.2f}" if total < 10 else f"{total:.1f}"
+            left.text(at, max(total, most) + 0.01 * top, words, fontsize=7.5, ha="center")
     labels = []
     for value, row in rows.items():
         case = next(iter(row.values()))
@@ -257,16 +280,22 @@ def sweep_figure(name: str, cases: Sequence[Case]) -> Figure:
     left.set(xlabel=x_label, ylabel="seconds of an epoch", ylim=(0, 1.1 * top or 1.0))
     handles = [Patch(color=KINDS[kind][1], label=f"{KINDS[kind][0]} ({kernels[kind]})") for kind in kinds]
     handles.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="waiting for data, on top"))
+    hollow = False
     for number, kind in enumerate(kind for kind in kinds if kind != "vanilla"):
         points = []
         for place, row in zip(places, rows.values(), strict=True):
-            pair = [
-                (row[k].results.get("epoch_total_s") if k in row and row[k].ok else None) for k in ("vanilla", kind)
-            ]
-            if None not in pair:
-                points.append((place + 0.08 * number, 100 * (1 - pair[1] / pair[0])))
+            saved = time_saved(row.get(kind), row.get("vanilla"))
+            if saved is not None:
+                points.append((place + 0.08 * number, 100 * saved[0], saved[1]))
+        colour = KINDS[kind][1]
         if points:
-            right.plot(*zip(*points, strict=True), "o-", color=KINDS[kind][1], label=KINDS[kind][0])
+            right.plot(*zip(*[point[:2] for point in points], strict=True), "-", color=colour)
+        for x, y, clear in points:
+            right.plot([x], [y], "o", color=colour, markerfacecolor=colour if clear else "white")
+        if not all(clear for _, _, clear in points):
+            hollow = True
+    if hollow:
+        right.set_title("hollow: not every timed epoch says so", fontsize=9, loc="left")
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xticks(places, list(rows), fontsize=9)
     right.set(xlabel=x_label.split(";")[0], ylabel="time saved against textbook attention (%)")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plot_patchtst import Case, by_prefix, read_experiment
+from plot_patchtst import Case, by_prefix, read_experiment, time_saved
 from report_techniques import break_even_words
 from report_text import ROOT, markdown, place, plain, read_json, shown
 from technique_bench import Cost, time_difference
@@ -47,6 +47,7 @@ COURSE = {
                    512: (14.482, 11.003)},
     "num_workers": {2: (13.961, 10.178), 4: (14.013, 10.054), 8: (15.280, 10.782), 16: (18.537, 13.331)},
 }  # fmt: skip
+SWEPT, PRUNED = "ETTm1", "ETTh1"  # data sets of those experiments
 VARIED = {"patch_size": "patch length", "batch_size": "batch", "num_workers": "worker processes"}
 SWEEP_WORDS = {
     "patch_size": "the patch lengths",
@@ -85,10 +86,18 @@ def horizon_table(outputs: Path) -> str:
     for data in PUBLISHED:
         own = sorted((outputs / "patchtst").glob(f"horizon-{data}-context-[0-9]*/"), key=context_of)
         folders += [(data, folder) for folder in (outputs / "patchtst" / f"horizon-{data}", *own)]
+    others = [path.parent for path in sorted((outputs / "patchtst").glob("horizon-*/experiment.json"))]
+    folders += [
+        (folder.name.removeprefix("horizon-").partition("-context-")[0], folder)
+        for folder in others
+        if folder not in [known for _, known in folders]
+    ]
     for data, folder in folders:
         groups = by_prefix(read_experiment(folder)[1]) if (folder / "experiment.json").is_file() else {}
-        context = str(context_of(folder))
-        for horizon, (small, large) in PUBLISHED[data].items():
+        shapes = [case.info.get("model") or {} for group in groups.values() for case in group if case.ok]
+        context = str((shapes or [{}])[0].get("context_length", context_of(folder)))
+        published = PUBLISHED.get(data) or {int(name.rpartition("-")[2]): ("-", "-") for name in groups}
+        for horizon, (small, large) in published.items():
             group = groups.get(f"horizon-{horizon}", [])
             done = [case for case in group if case.ok]
             if not done:
@@ -133,10 +142,13 @@ def seconds(case: Case | None) -> tuple[str, str, str]:
 
 
 def sweep_table(outputs: Path, name: str) -> str:
-    """One row for each value: seconds of an epoch with textbook and fused attention, what that saves, GiB."""
-    folder = outputs / "patchtst" / name
+    """One row for each value: seconds of an epoch with textbook and fused attention, what that saves, GiB.
+
+    "Not clear" stands where not every timed epoch of one is faster than every one of the other.
+    """
+    folder = outputs / "patchtst" / f"{name}-{SWEPT}"
     if not (folder / "experiment.json").is_file():
-        return not_run(SWEEP_WORDS[name], f"python patchtst_train.py --{name}_exp")
+        return not_run(SWEEP_WORDS[name], f"python patchtst_train.py --{name}_exp --dataset {SWEPT}")
     rows: dict[str, dict[str, Case]] = {}
     for case in read_experiment(folder)[1]:
         _, value, kind = case.name.rsplit("-", 2)
@@ -160,10 +172,9 @@ def sweep_table(outputs: Path, name: str) -> str:
         for kind in kinds:
             own = row.get(kind)
             parts = seconds(own)
-            saved = "-"
-            if own is not None and own.ok and base is not None and base.ok:
-                saved = f"{100 * (1 - own.results['epoch_total_s'] / base.results['epoch_total_s']):+.1f} %"
-            line += [f"{parts[0]} + {parts[1]} = {parts[2]}", saved]
+            saved = time_saved(own, base)
+            words = "-" if saved is None else f"{100 * saved[0]:+.1f} %" + ("" if saved[1] else " (not clear)")
+            line += [f"{parts[0]} + {parts[1]} = {parts[2]}", words]
         peaks = [row[kind].results.get("peak_allocated_gib") if kind in row else None for kind in ("vanilla", *kinds)]
         line.append(" / ".join(shown(peak) for peak in peaks))
         theirs = COURSE[name].get(int(value)) if value.isdigit() else None
@@ -237,9 +248,9 @@ def break_even_table(outputs: Path) -> str:
 
 def pruning_table(outputs: Path) -> str:
     """The study: heads, size, test MSE before, right after and after further training, means of the seeds."""
-    folder = outputs / "patchtst" / "pruning"
+    folder = outputs / "patchtst" / f"pruning-{PRUNED}"
     if not (folder / "experiment.json").is_file():
-        return not_run("the pruning study", "python patchtst_train.py --pruning_exp")
+        return not_run("the pruning study", f"python patchtst_train.py --pruning_exp --dataset {PRUNED}")
     lines = []
     for name, group in by_prefix(read_experiment(folder)[1]).items():
         done = [case for case in group if case.ok]

@@ -102,6 +102,8 @@ def interleaved(
 ) -> dict[str, list[Cost]]:
     """Measure several steps in turn, round after round, so that a drift of the device's clock meets all of them.
 
+    Each begins with an empty cache of the allocator: what one has kept there must not be missing for the next.
+
     Args:
         steps: name -> (the step, its roots), as `measure` wants them.
         rounds: a cost each.
@@ -111,6 +113,8 @@ def interleaved(
     costs: dict[str, list[Cost]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, (step, roots) in steps.items():
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             costs[name].append(measure(step, device, roots=roots, repeats=repeats, compiled=compiled))
     return costs
 
@@ -122,12 +126,15 @@ def middle(costs: Sequence[Cost]) -> Cost:
 
 
 def clearly_faster(fast: Sequence[Cost], slow: Sequence[Cost]) -> bool:
-    """Whether every round of one took less time than every round of the other: a difference beyond their noise."""
+    """Whether every round of one took less time than every round of the other: a difference beyond their noise.
+
+    One round has no noise to compare with, so it is never clear.
+    """
     if any(cost.status != "ok" for cost in fast):
         return False
     if any(cost.status != "ok" for cost in slow):
         return True
-    return max(cost.ms for cost in fast) < min(cost.ms for cost in slow)
+    return min(len(fast), len(slow)) > 1 and max(cost.ms for cost in fast) < min(cost.ms for cost in slow)
 
 
 def time_difference(costs: Sequence[Cost], base: Sequence[Cost]) -> str:

@@ -100,7 +100,8 @@ def test_the_pruning_study_has_its_controls():
     [
         (["--patch_size_exp", "--patch_length=12"], "--patch_length is what --patch_size_exp sets itself"),
         (["--batch_size_exp", "--attn_type=flash"], "--attn_type is what --batch_size_exp sets itself"),
-        (["--patch_size_exp", "--parallel_runs=2"], "would spoil the times"),
+        (["--patch_size_exp", "--parallel_runs=2"], "--parallel_runs above 1 would spoil the times"),
+        (["--batch_size_exp", "--gpus=0,1"], "--gpus above 1 would spoil the times"),
         (["--horizon_exp", "--parallel_runs=0"], "--parallel_runs must be at least 1"),
         (["--horizon_exp", "--only=x"], "--only: no case is named x"),
         (["--horizon_exp", "--seeds=a"], "--seeds a must be different"),
@@ -131,7 +132,7 @@ def finished(tmp_path_factory, series):
 def test_an_experiment_runs_every_case_and_draws_those_that_fail_too(finished):
     folder, (status, out, err), (status_2, out_2, _) = finished
     assert status == status_2 == 0, err
-    place = folder / "patchtst" / "patch_size"
+    place = folder / "patchtst" / "patch_size-waves-context-32"
     content = json.loads((place / "experiment.json").read_text())
     assert {case["name"]: case["status"] for case in content["cases"]} == {
         "patch-8-vanilla": "ok", "patch-8-flash": "ok",
@@ -155,12 +156,27 @@ def test_finished_cases_are_not_run_again(finished, series):
     assert (folder / "patchtst" / "horizon-waves-context-32" / "horizon-8-seed-0" / "run.json").read_text() == before
 
 
+def test_other_flags_are_said_and_run_anew(tmp_path, series):
+    words = ["--horizon_exp", "--horizon=8", "--seeds=0", *flags_of(tmp_path, series)]
+    assert call(*words)[0] == 0
+    status, out, err = call(*words, "--dropout=0.1")
+    assert status == 0, err
+    assert "horizon-8-seed-0 was made with other flags and is run anew: --dropout was not given, is 0.1" in out
+
+
+def test_an_experiment_without_a_trained_case_is_not_ok(tmp_path, series):
+    words = ["--patch_size_exp", "--only=patch-999-vanilla", *flags_of(tmp_path, series)]
+    with patch.object(patchtst_experiments, "PATCH_LENGTHS", (999,)):
+        status, out, _ = call(*[word for word in words if not word.startswith(("--patch_l", "--patch_st", "--epochs"))])
+    assert status == 1 and json.loads(out.splitlines()[-1])["status"] == "failed" and "no case trained" in out
+
+
 def test_the_pruning_experiment_draws_its_figure(tmp_path, series):
     table = (patchtst_experiments.PRUNING_CASES[0], patchtst_experiments.PRUNING_CASES[3])
     with patch.object(patchtst_experiments, "PRUNING_CASES", table):
         status, out, err = call("--pruning_exp", "--seeds=0", "--parallel_runs=2", *flags_of(tmp_path, series))
     assert status == 0, err
-    assert (tmp_path / "patchtst" / "pruning" / "val_mse_pruning.png").read_bytes()[:4] == PNG
+    assert (tmp_path / "patchtst" / "pruning-waves-context-32" / "val_mse_pruning.png").read_bytes()[:4] == PNG
     assert "dynamic-1-seed-0" in out
 
 
@@ -207,6 +223,7 @@ def test_the_benchmark_answers_its_questions(tmp_path, monkeypatch, capsys):
     for name in ("this lab, eager", "this lab, sdpa"):
         assert rows[name]["exactness"] == "within rounding" and rows[name]["baseline"] == "transformers, eager"
     assert "flash_attention_for_cpu" in rows["this lab, sdpa"]["note"]
+    assert rows["this lab, eager"]["note"] == "matmul, softmax, matmul (eager)"
     rows = {row["variant"]: row for row in results["pruned_step"]["rows"]}
     assert rows["2 of 4 heads cut"]["peak_gib"] < rows["2 of 4 heads masked"]["peak_gib"]
     sizes = {row["variant"]: (row["parameters"], row["gflop"]) for row in results["pruned_step"]["rounds"]}
@@ -234,6 +251,19 @@ def test_a_wrong_model_does_not_pass_the_parity_check(monkeypatch):
         return original(qkv, **(options | {"causal": True}))
 
     monkeypatch.setitem(sys.modules["patchtst"].__dict__, "packed_attention", causal)
+    assert patchtst_benchmark.check_parity(trial, settings, CPU, batch)[0] == "changed"
+
+
+def test_what_is_compared_and_named_is_what_is_timed(monkeypatch):
+    """A compiled model is compared as it is called, so that a mistake of the compiler would not pass."""
+    settings = patchtst_benchmark.Settings(
+        batch_size=2, channels=2, context_length=48, embedding_dim=16, num_heads=4, ffn_dim=16, precision="fp32"
+    )
+    batch = patchtst_benchmark.make_batch(settings, 2, CPU)
+    trial = patchtst_benchmark.Trial(patchtst_benchmark.our_model(settings, "eager"), settings, CPU, batch)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: lambda inputs: 1.001 * model(inputs))
+    trial.compile()
+    assert trial.kernel() == "matmul, softmax, matmul (compiled)"
     assert patchtst_benchmark.check_parity(trial, settings, CPU, batch)[0] == "changed"
 
 

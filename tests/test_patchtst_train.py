@@ -18,8 +18,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import head_pruning
 import patchtst_fit
 import patchtst_plan
+import patchtst_pruning
 import patchtst_train
 from head_pruning import attention_layers, head_numbers
 from patchtst import PatchTST, patchtst_config
@@ -27,6 +29,7 @@ from patchtst_plan import make_plan
 from patchtst_pruning import removals
 from patchtst_train import SECTIONS, Settings
 from run_folder import LapClock
+from time_series_dataset import load_series, split_series
 from utils import SettingsError, parse_settings, run_script
 
 ROOT = Path(__file__).parent.parent
@@ -136,8 +139,6 @@ def test_lap_clock_adds_up():
 
 def test_metrics_are_those_of_every_window(plain, series):
     """MSE and MAE recomputed from the saved weights, one window at a time, last partial batch included."""
-    from time_series_dataset import load_series, split_series
-
     info, results = plain.info(), plain.info()["results"]
     model = PatchTST(patchtst_config("official", **{name: info["model"][name] for name in patchtst_plan.SHAPE}))
     model.load_state_dict(load_file(plain.path() / "checkpoint" / "best.safetensors"))
@@ -178,6 +179,8 @@ def test_whole_batches_are_reported_beside_all_windows(tmp_path, series, monkeyp
     results = run(tmp_path, series).info()["results"]
     whole = results["test_in_whole_batches"]
     assert whole["windows"] == 64 and whole["mse"] != results["test_mse"]
+    monkeypatch.undo()
+    assert patchtst_train.PUBLISHED_BATCH == 128  # of the official scripts' test loader
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path, series, plain):
@@ -330,7 +333,8 @@ def test_the_example_file_is_the_course_projects_configuration():
         ({"schedule": "onecycle", "warm_up_share": 1.5}, "--warm_up_share is a share"),
         ({"compile_mode": "default"}, "--compile_mode has no effect without --use_compile true"),
         ({"use_compile": "true", "compile_mode": "reduce-overhead"}, "has no effect without a GPU"),
-        ({"num_workers": -1}, "--num_workers must be at least 0"),
+        ({"num_workers": -1}, "--num_workers must be from 0 to 256"),
+        ({"num_workers": 99999}, "--num_workers must be from 0 to 256"),
         ({"batch_size": 0}, "--batch_size must be above 0"),
         ({"batch_size": 5000}, "--batch_size asks for 5000 windows, but the training split has only 241"),
         ({"learning_rate": "nan"}, "--learning_rate must be above 0"),
@@ -343,6 +347,7 @@ def test_the_example_file_is_the_course_projects_configuration():
         ({"prune": "static_random", "prune_rounds": 2}, "it belongs to dynamic"),
         ({"prune": "static_random", "prune_heads_per_layer": 0}, "must be from 1 to 3"),
         ({"prune": "dynamic", "prune_heads_per_layer": 4}, "must be from 0 to 3"),
+        ({"prune": "dynamic", "max_steps": 5}, "--max_steps would end --prune dynamic before heads are removed"),
         ({"prune": "dynamic", "prune_heads_per_layer": 2, "prune_rounds": 3}, "--prune_rounds must be from 1 to"),
         ({"prune": "dynamic", "prune_rounds": 0}, "--prune_rounds must be from 1 to"),
         ({"prune": "dynamic", "prune_learning_rate": 0.0}, "--prune_learning_rate must be above 0"),
@@ -353,7 +358,6 @@ def test_the_example_file_is_the_course_projects_configuration():
         ({"context_length": 300}, "the train split has 280 rows"),
         ({"patch_length": 64}, "longer than --context_length"),
         ({"data_path": "nowhere.csv"}, "nowhere.csv cannot be read"),
-        ({"gpu_lock": "/nowhere/lock"}, "--gpu_lock /nowhere/lock cannot be opened"),
         ({"device": "cuda"}, "PyTorch finds no NVIDIA GPU"),
     ],
 )
@@ -463,6 +467,40 @@ def test_dynamic_pruning(tmp_path, series, mode):
     assert saved["layers.0.attention.output.weight"].shape == (8, width)
     if mode == "masked":
         assert (saved["layers.0.attention.output.weight"] == 0).sum() >= 6 * 8
+
+
+def test_pruning_begins_from_the_best_epoch_and_judges_heads_by_the_last_windows(tmp_path, series, monkeypatch):
+    """Validation is made to rise, so that the first epoch is the best: weights and optimizer are those after it."""
+    validations, states, judged = [], [], []
+    evaluate, importance = patchtst_fit.Training.evaluate, head_pruning.importance
+    remove = patchtst_pruning.remove_lowest
+
+    def rising(self, name, *rest, **options):
+        found = evaluate(self, name, *rest, **options)
+        if name == "validation":
+            validations.append(name)
+            found["mse"] = float(len(validations))
+        return found
+
+    def seen(training, model, count, optimizer):
+        if optimizer is not None:
+            states.append({int(state["step"]) for state in optimizer.state_dict()["state"].values()})
+        return remove(training, model, count, optimizer)
+
+    def noted(model, kind, batches, loss):
+        judged.append(torch.cat([batch[0] for batch in batches]))
+        return importance(model, kind, batches, loss)
+
+    monkeypatch.setattr(patchtst_fit.Training, "evaluate", rising)
+    monkeypatch.setattr(patchtst_pruning, "remove_lowest", seen)
+    monkeypatch.setattr(head_pruning, "importance", noted)
+    flags = {"prune": "dynamic", "prune_heads_per_layer": 2, "prune_rounds": 1, "epochs": 3, "batch_size": 16}
+    done = run(tmp_path, series, **flags)
+    assert done.status == 0, done.stderr
+    assert states == [{241 // 16}]
+    windows = split_series(load_series(None, str(series)), context_length=32, horizon=8, device=CPU).splits["train"]
+    last = windows.batch(torch.arange(241 - 8 * 16, 241))[0]
+    assert len(judged) == 2 and all(torch.equal(inputs, last) for inputs in judged)
 
 
 def test_training_on_that_does_not_help_is_not_kept(tmp_path, series):

@@ -74,7 +74,11 @@ def test_what_the_readme_says_about_the_comparison():
 
 def patchtst_results(experiment: str, case: str) -> dict:
     """What outputs/patchtst says about a case."""
-    return json.loads((ROOT / "outputs" / "patchtst" / experiment / case / "run.json").read_text())["results"]
+    folder = {"pruning": "pruning-ETTh1"} | {
+        name: f"{name}-ETTm1" for name in ("patch_size", "batch_size", "num_workers")
+    }
+    path = ROOT / "outputs" / "patchtst" / folder.get(experiment, experiment) / case / "run.json"
+    return json.loads(path.read_text())["results"]
 
 
 def test_what_the_readme_says_about_patchtst():
@@ -136,7 +140,7 @@ def test_what_the_readme_says_about_patchtst():
     shares = {
         (experiment, path.parent.name): json.loads(path.read_text())["results"]
         for experiment in ("patch_size", "batch_size")
-        for path in (ROOT / "outputs" / "patchtst" / experiment).glob("*/run.json")
+        for path in (ROOT / "outputs" / "patchtst" / f"{experiment}-ETTm1").glob("*/run.json")
     }
     shares = {case: results["epoch_data_s"] / results["epoch_total_s"] for case, results in shares.items()}
     usual = [shares["batch_size", f"batch-512-{kind}"] for kind in ("vanilla", "flash", "auto")]

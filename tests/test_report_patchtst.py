@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 
 import report_patchtst
-from report_patchtst import horizon_table, patchtst_tables, pruning_table, sweep_table
+from report_patchtst import context_of, horizon_table, patchtst_tables, pruning_table, sweep_table
 from utils import SettingsError
 
 
-def write_case(folder: Path, name: str, status: str = "ok", **results) -> dict:
+def write_case(folder: Path, name: str, status: str = "ok", totals: tuple = (), **results) -> dict:
     info = {
         "status": status,
         "precision": "bf16",
         "model": {
-            "attention_backend": "short" if name.endswith("auto") else "eager", "context_length": 512,
+            "attention_backend": "short" if name.endswith("auto") else "eager",
+            "context_length": context_of(folder) if "horizon" in folder.name else 512,
             "patch_length": 12, "patch_stride": 12, "end_padding": False,
         },
         "results": results,
@@ -23,6 +24,8 @@ def write_case(folder: Path, name: str, status: str = "ok", **results) -> dict:
     if status == "ok":
         (folder / name).mkdir(parents=True)
         (folder / name / "run.json").write_text(json.dumps(info))
+        lines = [json.dumps({"epoch": number, "total_s": seconds}) for number, seconds in enumerate(totals, 1)]
+        (folder / name / "epochs.jsonl").write_text("\n".join(lines))
     return {"name": name, "words": f"words of {name}", "flags": {}, "status": status}
 
 
@@ -67,6 +70,13 @@ def test_means_and_statuses_of_the_horizons(tmp_path):
     assert cells(table, "traffic | 336 | 96")[3] == "not run: the data could not be had"
 
 
+def test_another_data_set_has_rows_without_published_errors(tmp_path):
+    folder = tmp_path / "patchtst" / "horizon-mine"
+    results = {"test_mse": 0.3, "test_mae": 0.35, "baselines": {}}
+    write_experiment(folder, "horizon", [write_case(folder, "horizon-24-seed-0", **results)])
+    assert cells(horizon_table(tmp_path), "mine | 336 | 24")[3:10] == ["1", "0.3000", "0.0000", "0.3500", "-", "-", "-"]
+
+
 def test_horizons_of_a_longer_context_follow_those_of_the_standard_one(tmp_path):
     for context, mse in (("", 0.3), ("-context-1024", 0.1), ("-context-512", 0.2)):
         folder = tmp_path / "patchtst" / f"horizon-ETTh1{context}"
@@ -79,12 +89,18 @@ def test_horizons_of_a_longer_context_follow_those_of_the_standard_one(tmp_path)
 
 
 def test_a_sweep_with_a_case_that_failed(tmp_path):
-    folder = tmp_path / "patchtst" / "batch_size"
+    folder = tmp_path / "patchtst" / "batch_size-ETTm1"
     times = {"epoch_data_s": 0.5, "epoch_compute_s": 1.5, "epoch_total_s": 2.0, "peak_allocated_gib": 4.0}
     fast = times | {"epoch_compute_s": 0.5, "epoch_total_s": 1.0}
+    times["totals"], fast["totals"] = (9.0, 1.9, 2.0, 2.1), (9.0, 0.9, 1.0, 1.8)
     rows = [write_case(folder, "batch-32-vanilla", **times), write_case(folder, "batch-32-flash", status="unsupported")]
     rows.append(write_case(folder, "batch-32-auto", **fast))
+    for totals, batch in (((9.0, 0.9, 1.0, 1.95), 64), ((9.0, 1.0), 128)):
+        rows.append(write_case(folder, f"batch-{batch}-vanilla", **times))
+        rows.append(write_case(folder, f"batch-{batch}-auto", **fast | {"totals": totals}))
     write_experiment(folder, "batch_size", rows)
+    for batch in ("64", "128"):  # an epoch as slow as textbook attention's fastest; one epoch has no spread
+        assert cells(sweep_table(tmp_path, "batch_size"), batch)[5] == "+50.0 % (not clear)"
     line = cells(sweep_table(tmp_path, "batch_size"), "32")
     assert line[1] == "0.500 + 1.500 = 2.000" and line[2] == "unsupported + - = -" and line[3] == "-"
     assert line[4:6] == ["0.500 + 0.500 = 1.000", "+50.0 %"] and line[6] == "4.00 / - / 4.00"
@@ -92,7 +108,7 @@ def test_a_sweep_with_a_case_that_failed(tmp_path):
 
 
 def test_the_pruning_table(tmp_path):
-    folder = tmp_path / "patchtst" / "pruning"
+    folder = tmp_path / "patchtst" / "pruning-ETTh1"
     rows = []
     for seed, mse in enumerate((0.40, 0.42)):
         stages = {"before": {"test_mse": 0.5}, "after": {"test_mse": 0.6}}

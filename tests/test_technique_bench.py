@@ -133,3 +133,4 @@ def test_a_difference_in_time_is_one_in_every_round(times, words):
     base = [Cost("ok", ms=ms) for ms in (1.2, 1.0)]
     assert time_difference([Cost("ok", ms=ms) for ms in times], base) == words
     assert time_difference([Cost("ok", ms=times[0]), Cost("oom")], base) == "not compared"
+    assert time_difference([Cost("ok", ms=times[0])], base[:1]) == "no clear difference in time"  # one round, no noise
