@@ -202,7 +202,7 @@ class Trial:
             self.step()
         names = {event.key for event in profile.key_averages()}
         chosen = {name for name in names if any(sign in name for sign in KernelObserver.SIGNS)}
-        fused = sorted(name.replace("::", ".") for name in chosen if "backward" not in name and name not in WRAPPERS)
+        fused = sorted(name.replace("::", ".") for name in chosen if "backward" not in name.lower() and name not in WRAPPERS)
         plain = "matmul, softmax, matmul" + (" (compiled)" if self.called is not self.model else " (eager)")
         return ", ".join(fused) or plain
 
