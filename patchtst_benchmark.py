@@ -40,7 +40,7 @@ from technique_bench import Cost, Study, clearly_faster, compare, interleaved, m
 from utils import SettingsError, count_parameters, parse_settings, run_script, setting
 
 QUESTIONS = ("peer", "break_even", "pruned_step")
-WRAPPERS = ("aten::scaled_dot_product_attention",)  # operators that only choose one of the others
+WRAPPERS = {"aten::scaled_dot_product_attention"}  # operators that only choose one of the others
 
 
 # fmt: off
@@ -201,8 +201,8 @@ class Trial:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             self.step()
         names = {event.key for event in profile.key_averages()}
-        chosen = {name for name in names if any(sign in name for sign in KernelObserver.SIGNS)}
-        fused = sorted(name.replace("::", ".") for name in chosen if "backward" not in name.lower() and name not in WRAPPERS)
+        chosen = {name for name in names - WRAPPERS if any(sign in name for sign in KernelObserver.SIGNS)}
+        fused = sorted(name.replace("::", ".") for name in chosen if "backward" not in name.lower())
         plain = "matmul, softmax, matmul" + (" (compiled)" if self.called is not self.model else " (eager)")
         return ", ".join(fused) or plain
 

@@ -321,7 +321,10 @@ def by_prefix(cases: Sequence[Case]) -> dict[str, list[Case]]:
 
 
 def horizon_figure(cases: Sequence[Case]) -> Figure:
-    """Test MSE of every seed and their mean by horizon, beside the published figures; the axis does not begin at 0."""
+    """Test MSE of every seed and their mean by horizon, beside the published figures; the axis does not begin at 0.
+
+    The published figures count whole batches of 128 windows only; a diamond is the mean of the seeds on these.
+    """
     groups = by_prefix(cases)
     data = next((case.info["dataset"]["name"] for case in cases if case.info), "?")
     context = next((case.info["model"]["context_length"] for case in cases if case.info), "?")
@@ -352,6 +355,11 @@ def horizon_figure(cases: Sequence[Case]) -> Figure:
                 mean, place - 0.2, place + 0.2, color=BLUE, linewidth=2, label="mean of the seeds" if first else None
             )
             ax.annotate(f"{mean:.4f}", (place + 0.32, mean), fontsize=9.5, va="center", color=BLUE)
+            whole = [(case.results.get("test_in_whole_batches") or {}).get("mse") for case in group if case.ok]
+            if None not in whole:
+                label = "mean, windows of whole batches of 128 only" if first else None
+                ax.plot([place], [np.mean(whole)], "D", color="black", markerfacecolor="white", label=label)
+                values += [float(np.mean(whole))]
             lowest.append(min(values))
             highest.append(max(values))
         failed = sorted({case.status for case in group if not case.ok})
@@ -366,7 +374,7 @@ def horizon_figure(cases: Sequence[Case]) -> Figure:
         margin = 0.12 * (max(highest) - min(lowest)) + 0.005
         ax.set_ylim(min(lowest) - margin, max(highest) + margin)
     ax.grid(visible=False, axis="x")
-    figure.legend(loc="outside lower center", ncols=5, fontsize=9.5, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9.5, frameon=False)
     return figure
 
 
@@ -399,11 +407,28 @@ def curves_figure(cases: Sequence[Case]) -> Figure:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def first_training(group: Sequence[Case], whole: Sequence[Case]) -> int:
+    """Epochs before heads are removed: those of the whole model where it ran, else up to the first removal."""
+    lengths = [len(case.epochs) for case in whole if case.ok]
+    if lengths:
+        return min(lengths)
+    for case in group:
+        for before, after in itertools.pairwise(case.epochs):
+            if sum(after.get("heads", [])) < sum(before.get("heads", [])):
+                return before["epoch"]
+    return min((len(case.epochs) for case in group), default=0)
+
+
 def pruning_figure(cases: Sequence[Case]) -> Figure:
-    """Validation MSE against epochs (mean of the seeds); test MSE of every seed, and right after the removal."""
+    """Validation MSE against epochs (mean of the seeds), before and after heads are removed; test MSE of every seed.
+
+    Above on the left the first training, which a case of dynamic pruning shares with the whole model; on the right
+    what follows it from the best weights. Below the test MSE at the end, and right after the removal.
+    """
     groups = by_prefix(cases)
-    figure = Figure(figsize=(WIDTH_INCHES, 6.2), dpi=DPI, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    figure = Figure(figsize=(WIDTH_INCHES, 8.2), dpi=DPI, layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.1, 1])
+    first, further, last = (figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :]))
     seeds = max(len(group) for group in groups.values())
     figure.suptitle(
         f"Pruned heads: validation MSE in training, test MSE at the end\n{facts(cases)} | n = {seeds} seeds",
@@ -413,31 +438,41 @@ def pruning_figure(cases: Sequence[Case]) -> Figure:
     )
     for number, (name, group) in enumerate(groups.items()):
         colour = LINE_COLOURS[number % len(LINE_COLOURS)]
+        style = {"color": colour, "linewidth": 1.5, "linestyle": "--" if name.endswith("masked") else "-"}
         done = [case for case in group if case.ok]
         shortest = min((len(case.epochs) for case in done), default=0)
         if shortest:
-            values = np.array([[row["validation_mse"] for row in case.epochs[:shortest]] for case in done])
-            epochs = [row["epoch"] for row in done[0].epochs[:shortest]]
-            style = "--" if name.endswith("masked") else "-"
-            left.plot(epochs, values.mean(0), color=colour, linewidth=1.5, linestyle=style, label=name)
+            values = np.array([[row["validation_mse"] for row in case.epochs[:shortest]] for case in done]).mean(0)
+            goes_on = any((case.results.get("pruning") or {}).get("further") for case in done)
+            split = first_training(done, groups.get("whole", [])) if goes_on else shortest
+            if not goes_on or "whole" not in groups:
+                first.plot(range(1, split + 1), values[:split], label=name, **style)
+            if goes_on:
+                further.plot(range(1, shortest - split + 1), values[split:], label=name, **style)
         at = [case.results["test_mse"] for case in done]
-        right.plot(at, [number] * len(at), "o", color=colour, markersize=6, alpha=0.8)
+        last.plot(at, [number] * len(at), "o", color=colour, markersize=6, alpha=0.8)
         if at:
-            right.plot([np.mean(at)], [number], "|", color="black", markersize=16, markeredgewidth=2)
+            last.plot([np.mean(at)], [number], "|", color="black", markersize=14, markeredgewidth=2)
         after = [(case.results.get("pruning") or {}).get("after") for case in done]
         after = [found["test_mse"] for found in after if found]
-        right.plot(after, [number] * len(after), "x", color=colour, markersize=6)
+        last.plot(after, [number] * len(after), "x", color=colour, markersize=6)
         failed = [case.status for case in group if not case.ok]
         if failed:
-            right.text(0.02, number, f"x {', '.join(failed)}", color=RED, transform=right.get_yaxis_transform())
-    left.set(xlabel="epoch", ylabel="validation MSE of the standardised channels, mean of the seeds")
-    left.legend(fontsize=8)
-    right.set_yticks(range(len(groups)), list(groups), fontsize=9)
-    right.invert_yaxis()
-    right.set_xlabel("test MSE: dots each seed, bar their mean,\ncrosses right after the removal, untrained")
-    for ax in (left, right):
+            last.text(0.02, number, f"x {', '.join(failed)}", color=RED, transform=last.get_yaxis_transform())
+    first.set(xlabel="epoch", ylabel="validation MSE, standardised channels,\nmean of the seeds")
+    first.set_title("first training (dynamic cases: as the whole model)", fontsize=10)
+    further.set(xlabel="epoch after the first training, from its best weights on")
+    further.set_title("further training, heads removed before its first epochs", fontsize=10)
+    last.set_yticks(range(len(groups)), list(groups), fontsize=9)
+    last.invert_yaxis()
+    last.set_xlabel("test MSE, standardised channels: dots each seed, bar their mean, crosses right after the removal")
+    for ax in (first, further, last):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
+    for ax in (first, further):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if ax.lines:
+            ax.legend(fontsize=8)
     return figure
 
 
@@ -460,18 +495,13 @@ def break_even_figure(folder: Path) -> Figure:
     for ax, compiled in zip(axes, kinds, strict=True):
         own = [row for row in rows if row["compiled"] is compiled]
         backends = [name for name in own[0]["ms"] if name != "eager"]
-        failed = [row["tokens"] for row in own if None in row["ms"]["eager"]]
-        for tokens_failed in failed:
-            ax.plot([tokens_failed], [1], "x", color=RED, markersize=9, markeredgewidth=2)
-            ax.annotate(
-                "textbook: oom",
-                (tokens_failed, 1),
-                (0, 8),
-                textcoords="offset points",
-                color=RED,
-                fontsize=8,
-                ha="center",
-            )
+        for row in own:
+            if None in row["ms"]["eager"]:  # no ratio without it: a word at the bottom, not a point among the ratios
+                ran = [name for name in backends if row["ms"].get(name) and None not in row["ms"][name]]
+                words = "textbook: oom" + (f"\n({', '.join(ran)}: ok)" if ran else "")
+                where = {"transform": ax.get_xaxis_transform(), "color": RED}
+                ax.plot([row["tokens"]], [0.03], "x", markersize=9, markeredgewidth=2, clip_on=False, **where)
+                ax.text(row["tokens"], 0.06, words, fontsize=8, ha="right", **where)
         tokens = [row["tokens"] for row in own]
         for colour, name in zip((ORANGE, GREEN, BLUE, RED), backends, strict=False):
             known = [(row["tokens"], row["ms"].get(name, [None]), row["ms"]["eager"]) for row in own]
