@@ -188,8 +188,9 @@ def test_figures_of_runs_and_experiments_from_the_command_line(finished, monkeyp
     run = folder / "patchtst" / "horizon-waves-context-32" / "horizon-8-seed-0"
     monkeypatch.setattr(sys, "argv", ["plot_patchtst.py", str(run), str(run.parent)])
     assert plot_patchtst.main() == 0
+    printed = capsys.readouterr().out.splitlines()
     for name in ("mse_curves.png", "forecast.png", "memory_per_phase.png"):
-        assert (run / name).read_bytes()[:4] == PNG and str(run / name) in capsys.readouterr().out + str(run / name)
+        assert (run / name).read_bytes()[:4] == PNG and str(run / name) in printed
     monkeypatch.setattr(sys, "argv", ["plot_patchtst.py", str(folder)])
     with pytest.raises(SettingsError, match=r"neither run.json nor experiment.json"):
         plot_patchtst.main()
@@ -198,6 +199,55 @@ def test_figures_of_runs_and_experiments_from_the_command_line(finished, monkeyp
     monkeypatch.setattr(sys, "argv", ["plot_patchtst.py", str(folder / "broken")])
     with pytest.raises(SettingsError, match="is damaged"):
         plot_patchtst.main()
+
+
+def made_up_case(name: str, results: dict, epochs: list[tuple[float, int]]) -> plot_patchtst.Case:
+    """A case of an experiment; `epochs` are validation errors and heads."""
+    rows = [{"epoch": i, "validation_mse": mse, "heads": [heads]} for i, (mse, heads) in enumerate(epochs, start=1)]
+    info = {"dataset": {"name": "ETTh1"}, "model": {"context_length": 336}, "results": results}
+    return plot_patchtst.Case(name, name, "ok", None, info, rows)
+
+
+@pytest.mark.parametrize("with_whole", [True, False])
+def test_pruning_figure_keeps_first_and_further_training_apart(with_whole):
+    first = [(0.5, 4), (0.4, 4), (0.45, 4)]
+    further = {"after": {"test_mse": 0.44}, "further": {"test_mse": 0.41}}
+    cases = [made_up_case("whole-seed-0", {"test_mse": 0.42}, first)] if with_whole else []
+    results = {"test_mse": 0.41, "pruning": further}
+    cases += [made_up_case("dynamic-2-seed-0", results, [*first, (0.41, 3), (0.43, 2)])]
+    cases += [made_up_case("static-random-2-seed-0", {"test_mse": 0.43}, [(0.6, 2), (0.5, 2), (0.52, 2)])]
+    left, right, below = plot_patchtst.pruning_figure(cases).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
+    whole = [[1, 0.5], [2, 0.4], [3, 0.45]]
+    assert lines["whole" if with_whole else "dynamic-2"] == whole and len(lines) == 2
+    assert [line.get_xydata().tolist() for line in right.lines] == [[[1, 0.41], [2, 0.43]]]
+    points = [point for line in below.lines for point in line.get_xdata()]
+    assert sorted(points) == sorted([*([0.42] * 2 if with_whole else []), 0.41, 0.41, 0.44, 0.43, 0.43])
+
+
+def test_horizon_figure_shows_the_published_windows():
+    def results(all_windows: float, whole: float) -> dict:
+        return {"test_mse": all_windows, "test_in_whole_batches": {"mse": whole}}
+
+    cases = [made_up_case(f"horizon-96-seed-{i}", results(0.38 + i / 100, 0.36 + i / 100), []) for i in (0, 1)]
+    (ax,) = plot_patchtst.horizon_figure(cases).axes
+    diamonds = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "D"]
+    assert diamonds == [[[0, pytest.approx(0.365)]]]
+    assert ax.get_ylim()[0] < 0.365
+
+
+def test_break_even_figure_draws_no_ratio_where_textbook_attention_did_not_fit(tmp_path):
+    times = [
+        {"tokens": 4, "windows": 2, "compiled": False, "ms": {"eager": [2.0, 2.0], "short": [1.0, 1.0]}},
+        {"tokens": 8, "windows": 1, "compiled": False, "ms": {"eager": [None, None], "short": [1.0, 1.0]}},
+    ]
+    settings = {"precision": "bf16", "embedding_dim": 16, "num_heads": 4, "rounds": 2}
+    info = {"device_name": "a GPU", "settings": settings, "results": {"times": times}}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    (ax,) = plot_patchtst.break_even_figure(tmp_path).axes
+    (line,) = [line for line in ax.lines if line.get_label() == "short"]
+    assert line.get_xydata().tolist() == [[4, 0.5]]
+    assert [text.get_text() for text in ax.texts] == ["textbook: oom\n(short: ok)"]
 
 
 # --- Against transformers ---------------------------------------------------------------------------------------------
