@@ -1,12 +1,13 @@
 """Run cases of a study, each a script with flags in a process of its own, and see that run.json says how it ended.
 
-compare_techniques.py and patchtst_experiments.py use it. A case is a run folder <experiment>/<case>. A case that ended
-(ok, oom or unsupported) with the same flags is not run again, so that a study goes on after Ctrl-C; errors are tried
-again. No process is left behind.
+compare_techniques.py, patchtst_experiments.py and vit_experiments.py use it. A case is a run folder
+<experiment>/<case>. A case that ended (ok, oom or unsupported) with the same flags is not run again, so that a study
+goes on after Ctrl-C; errors are tried again. No process is left behind.
 
 A fresh process matters: allocator caches, compiled kernels and cuBLAS workspaces of one case would count for the next.
 """
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from run_folder import RunFolder, StopRequest, write_atomically
+from run_folder import RunFolder, StopRequest, check_writable, write_atomically
 from utils import SettingsError
 
 HERE = Path(__file__).parent
@@ -44,6 +45,17 @@ def read_flags(text: str) -> dict[str, str]:
     """`--name value --name value` as a dictionary."""
     words = text.split()
     return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def given_flags(settings: Any, leave_out: Sequence[str]) -> dict[str, str]:
+    """The settings that differ from their defaults, as flags of a case."""
+    flags = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in leave_out or value == field.default:
+            continue
+        flags[field.name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return flags
 
 
 def split_list(text: str | None) -> list[str]:
@@ -326,3 +338,100 @@ def hang_up_means_stop() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def run_studies(
+    plans: Sequence[tuple[str, Path, list[Case]]],
+    environment: dict[str, Any],
+    *,
+    only: str | None,
+    gpus: Sequence[str],
+    on_gpu: bool,
+    place: dict[str, str],
+    result_line: Callable[[Case, dict[str, Any]], str],
+    draw: Callable[[Path], list[Path]] | None,
+    parallel_runs: int = 1,
+) -> int:
+    """Run what is left of studies, leave experiment.json in the folder of each, and print one JSON object.
+
+    Args:
+        plans: (name of the study, its folder, its cases in order).
+        environment: `gpu_environment`, or `describe_environment` without a GPU.
+        only: names of the cases to run, separated by commas; None is all of them.
+        gpus: numbers of the GPUs that are used side by side; [] is the first.
+        on_gpu: whether the cases run on a GPU.
+        place, parallel_runs: as in `run_cases`; so many runs at a time on each GPU.
+        result_line: what to print of a case that ended.
+        draw: makes the figures of a folder whose cases have all ended; None draws none.
+
+    Returns:
+        The exit status: 0, 1 if cases are left or none trained, 128 + the signal after Ctrl-C.
+
+    Raises:
+        SettingsError: an unknown case, a folder that is not writable, or that holds another device's results.
+    """
+    only = split_list(only)
+    unknown = set(only) - {case.name for _, _, cases in plans for case in cases}
+    if unknown:
+        raise SettingsError(f"--only: no case is named {', '.join(sorted(unknown))}")
+    for _, folder, cases in plans:
+        check_writable(folder, "--output_folder")
+        check_device(cases, folder, environment)
+        for case in cases:
+            status, changes = status_of(case, folder)
+            if status in FINISHED or (only and case.name not in only):
+                continue
+            check_old_folder(folder / case.name)
+            if status == "changed":
+                print(f"{folder / case.name} was made with other flags and is run anew: {changes}")
+    slots = [slot for _ in range(parallel_runs) for slot in (gpus or ["0" if on_gpu else None])]
+    summary: dict[str, Any] = {"status": "ok", "experiments": []}
+    failed: list[str] = []
+    with StopRequest() as stop, hang_up_means_stop():
+        for name, folder, cases in plans:
+            with alone(folder):
+                todo = [case for case in cases if status_of(case, folder)[0] not in FINISHED]
+                todo = [case for case in todo if not only or case.name in only]
+                print(f"{folder}: {len(cases)} cases, {len(todo)} to run", flush=True)
+                begin = time.monotonic()
+
+                def done(case: Case, folder: Path = folder, begin: float = begin) -> None:
+                    line = result_line(case, read_info(folder / case.name) or {})
+                    print(f"{line}   [{time.monotonic() - begin:.0f} s]", flush=True)
+
+                run_cases(
+                    todo,
+                    folder,
+                    environment,
+                    stop,
+                    done,
+                    slots=slots,
+                    choose_gpu=bool(gpus),
+                    place=place,
+                    timeout_minutes=120,
+                    fresh_compile=False,
+                )
+                rows = []
+                for case in cases:
+                    info = read_info(folder / case.name) or {}
+                    rows.append({"name": case.name, "words": case.words, "flags": case.flags})
+                    rows[-1] |= {"status": status_of(case, folder)[0], "error": info.get("error")}
+                left = [row["name"] for row in rows if row["status"] not in FINISHED]
+                content = {"experiment": name, "finished": not left, "parallel_runs": parallel_runs}
+                content |= {"gpus": max(1, len(gpus)), "device_name": environment["device_name"]}
+                content |= {"git_commit": environment["git_commit"], "cases": rows}
+                write_atomically(folder / "experiment.json", json.dumps(content, indent=2) + "\n")
+                summary["experiments"].append({"folder": str(folder), "left": left})
+                wanted = [row["status"] for row in rows if not only or row["name"] in only]
+                if wanted and set(wanted) <= {"oom", "unsupported"}:
+                    failed.append(name)
+                    print(f"{folder}: no case trained; the lines above say why")
+                if draw is not None and not left:
+                    for path in draw(folder):
+                        print(path)
+    left = [name for entry in summary["experiments"] for name in entry["left"] if not only or name in only]
+    summary["status"] = "interrupted" if stop.signal else "incomplete" if left else "failed" if failed else "ok"
+    print(json.dumps(summary))
+    if stop.signal is not None:
+        return stop.exit_status
+    return 1 if left or failed else 0

@@ -291,12 +291,15 @@ class HostOffload:
             torch.cuda.current_stream(self.device).wait_event(left)
 
 
-def offloaded(blocks: Iterable[nn.Module], hidden_states: torch.Tensor) -> torch.Tensor:
-    """Run blocks one after another, their inputs in host memory until the backward pass; shapes as in `run_blocks`."""
+def offloaded(
+    blocks: Iterable[nn.Module], hidden_states: torch.Tensor, terms: list[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Run blocks one after another, their inputs in host memory until the backward pass; otherwise as `run_blocks`."""
     blocks, offload = list(blocks), HostOffload(hidden_states.device)
     try:
         for index, block in enumerate(blocks):
-            hidden_states = offload.run(block, hidden_states, stays=index == len(blocks) - 1)
+            result = offload.run(block, hidden_states, stays=index == len(blocks) - 1)
+            hidden_states = without_term(result, terms)
     finally:
         offload.finish()
     return hidden_states
@@ -307,8 +310,23 @@ def offloaded(blocks: Iterable[nn.Module], hidden_states: torch.Tensor) -> torch
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def without_term(result: Any, terms: list[torch.Tensor] | None) -> torch.Tensor:
+    """A block's hidden states; a term of the loss that it returned beside them is appended to `terms`."""
+    if not isinstance(result, tuple):
+        return result
+    hidden_states, term = result
+    terms.append(term)
+    return hidden_states
+
+
 def run_blocks(
-    blocks: Iterable[nn.Module], hidden_states: torch.Tensor, method: str, *, every: int = 2, random: bool = True
+    blocks: Iterable[nn.Module],
+    hidden_states: torch.Tensor,
+    method: str,
+    *,
+    every: int = 2,
+    random: bool = True,
+    terms: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run blocks one after another with a method of METHODS; without gradients they just run.
 
@@ -318,6 +336,8 @@ def run_blocks(
         method: one of METHODS; ask `unsupported_reason` first.
         every: with every_k, block 0, every, 2 every, ... are checkpointed.
         random: whether the blocks draw random numbers (dropout); False spares the selective methods some bookkeeping.
+        terms: blocks may return (hidden_states, term), such as `decatt.decorrelation`: their terms are appended here,
+            and gradients flow through them as through the hidden states.
 
     Returns:
         (batch, tokens, width)
@@ -329,19 +349,16 @@ def run_blocks(
         raise SettingsError(f"--gradient_checkpointing: {unsupported_reason(method, 'auto', hidden_states.device)}")
     if method == "every_k" and every < 2:
         raise SettingsError(f"--checkpoint_every must be at least 2, not {every}; 1 is --gradient_checkpointing block")
-    if method == "none" or not torch.is_grad_enabled():
-        for block in blocks:
-            hidden_states = block(hidden_states)
-        return hidden_states
-    if method == "offload":
-        return offloaded(blocks, hidden_states)
+    if method == "offload" and torch.is_grad_enabled():
+        return offloaded(blocks, hidden_states, terms)
     for index, block in enumerate(blocks):
-        if method == "every_k" and index % every:
-            hidden_states = block(hidden_states)
+        if method == "none" or not torch.is_grad_enabled() or (method == "every_k" and index % every):
+            result = block(hidden_states)
         elif method in KEPT_OPERATORS:
-            hidden_states = selectively_checkpointed(block, hidden_states, method, random)
+            result = selectively_checkpointed(block, hidden_states, method, random)
         else:
-            hidden_states = checkpointed(block, hidden_states)
+            result = checkpointed(block, hidden_states)
+        hidden_states = without_term(result, terms)
     return hidden_states
 
 

@@ -19,30 +19,15 @@ handed on to every case. A case that ended with the same flags is not run again,
 Ctrl-C; one that ended with other flags is run anew.
 """
 
-import dataclasses
-import json
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import case_runner
-from case_runner import (
-    FINISHED,
-    Case,
-    alone,
-    check_device,
-    check_old_folder,
-    hang_up_means_stop,
-    read_info,
-    split_list,
-    status_of,
-)
-from patchtst_plan import read_seeds
-from run_folder import StopRequest, check_writable, describe_environment, write_atomically
-from utils import SettingsError
+from case_runner import Case, given_flags, split_list
+from run_folder import describe_environment
+from utils import SettingsError, read_seeds
 
 PATCH_LENGTHS = (12, 24, 48, 96, 192)
 BATCH_SIZES = (32, 64, 128, 256, 512)
@@ -82,17 +67,6 @@ PRUNING_CASES = (
 # --------------------------------------------------------------------------------------------------------------------
 # Cases
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def given_flags(settings: Any, leave_out: Sequence[str]) -> dict[str, str]:
-    """The settings that differ from their defaults, as flags of a case."""
-    flags = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name in leave_out or value == field.default:
-            continue
-        flags[field.name] = str(value).lower() if isinstance(value, bool) else str(value)
-    return flags
 
 
 def attention_flags(settings: Any, gpu: bool) -> dict[str, dict[str, str]]:
@@ -203,69 +177,21 @@ def run(settings: Any, chosen: list[str]) -> int:
         common_here = {key: value for key, value in common_here.items() if key != "seeds" or name != "pruning"}
         cases = make_cases(name, settings, gpu, common_here)
         plans.append((name, folder_of(name, settings), cases))
-    only = split_list(settings.only)
-    unknown = set(only) - {case.name for _, _, cases in plans for case in cases}
-    if unknown:
-        raise SettingsError(f"--only: no case is named {', '.join(sorted(unknown))}")
-    for _, folder, cases in plans:
-        check_writable(folder, "--output_folder")
-        check_device(cases, folder, environment)
-        for case in cases:
-            status, changes = status_of(case, folder)
-            if status in FINISHED or (only and case.name not in only):
-                continue
-            check_old_folder(folder / case.name)
-            if status == "changed":
-                print(f"{folder / case.name} was made with other flags and is run anew: {changes}")
-    slots = [slot for _ in range(settings.parallel_runs) for slot in (gpus or ["0" if gpu else None])]
-    summary: dict[str, Any] = {"status": "ok", "experiments": []}
-    failed: list[str] = []
-    with StopRequest() as stop, hang_up_means_stop():
-        for name, folder, cases in plans:
-            with alone(folder):
-                todo = [case for case in cases if status_of(case, folder)[0] not in FINISHED]
-                todo = [case for case in todo if not only or case.name in only]
-                print(f"{folder}: {len(cases)} cases, {len(todo)} to run", flush=True)
-                begin = time.monotonic()
+    return case_runner.run_studies(
+        plans,
+        environment,
+        only=settings.only,
+        gpus=gpus,
+        parallel_runs=settings.parallel_runs,
+        on_gpu=gpu,
+        place={"cache_folder": settings.cache_folder},
+        result_line=result_line,
+        draw=draw if settings.figures else None,
+    )
 
-                def done(case: Case, folder: Path = folder, begin: float = begin) -> None:
-                    line = result_line(case, read_info(folder / case.name) or {})
-                    print(f"{line}   [{time.monotonic() - begin:.0f} s]", flush=True)
 
-                case_runner.run_cases(
-                    todo,
-                    folder,
-                    environment,
-                    stop,
-                    done,
-                    slots=slots,
-                    choose_gpu=bool(gpus),
-                    place={"cache_folder": settings.cache_folder},
-                    timeout_minutes=120,
-                    fresh_compile=False,
-                )
-                rows = []
-                for case in cases:
-                    info = read_info(folder / case.name) or {}
-                    rows.append({"name": case.name, "words": case.words, "flags": case.flags})
-                    rows[-1] |= {"status": status_of(case, folder)[0], "error": info.get("error")}
-                left = [row["name"] for row in rows if row["status"] not in FINISHED]
-                content = {"experiment": name, "finished": not left, "parallel_runs": settings.parallel_runs}
-                content |= {key: environment[key] for key in ("device_name", "git_commit")} | {"cases": rows}
-                write_atomically(folder / "experiment.json", json.dumps(content, indent=2) + "\n")
-                summary["experiments"].append({"folder": str(folder), "left": left})
-                wanted = [row["status"] for row in rows if not only or row["name"] in only]
-                if wanted and set(wanted) <= {"oom", "unsupported"}:
-                    failed.append(name)
-                    print(f"{folder}: no case trained; the lines above say why")
-                if settings.figures and not left:
-                    import plot_patchtst  # matplotlib takes seconds to load
+def draw(folder: Path) -> list[Path]:
+    """The figures of a finished experiment."""
+    import plot_patchtst  # matplotlib takes seconds to load
 
-                    for path in plot_patchtst.plot_experiment(folder):
-                        print(path)
-    left = [name for entry in summary["experiments"] for name in entry["left"] if not only or name in only]
-    summary["status"] = "interrupted" if stop.signal else "incomplete" if left else "failed" if failed else "ok"
-    print(json.dumps(summary))
-    if stop.signal is not None:
-        return stop.exit_status
-    return 1 if left or failed else 0
+    return plot_patchtst.plot_experiment(folder)

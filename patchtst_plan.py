@@ -14,7 +14,7 @@ import head_pruning
 from attention_support import FULL, choose_backend, choose_flash_backend, unsupported_reason
 from patchtst import PatchTSTConfig, patchtst_config
 from precision import AUTOCAST_DTYPES, set_precision
-from utils import SettingsError
+from utils import SettingsError, read_seeds
 
 ATTENTION_TYPES = ("vanilla", "flash", "auto")
 SCHEDULES = ("constant", "decay", "onecycle")
@@ -74,21 +74,6 @@ def recipe_of(dataset: str | None, data_path: str | None) -> tuple[dict[str, Any
     if dataset is None:
         return RECIPES["sample" if data_path is None else "other"]
     return RECIPES[dataset if dataset in RECIPES else dataset[:4]]
-
-
-def read_seeds(text: str) -> list[int]:
-    """ "0,1,2" as a list.
-
-    Raises:
-        SettingsError: no whole numbers from 0 up, or one twice.
-    """
-    try:
-        seeds = [int(word) for word in str(text).split(",")]
-    except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0 or max(seeds) >= 2**31 or len(set(seeds)) < len(seeds):
-        raise SettingsError(f"--seeds {text} must be different whole numbers from 0 up, such as 0,1,2")
-    return seeds
 
 
 def make_plan(settings: Any) -> Plan:

@@ -16,6 +16,7 @@ from typing import Any
 
 from report_comparison import COMPARISON_TABLES, markdown, read_json, shown
 from report_patchtst import PATCHTST_TABLES
+from report_vit import VIT_TABLES
 from run_folder import write_atomically
 from utils import SettingsError, parse_settings, run_script, setting
 
@@ -252,6 +253,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention overhead": overhead_table,
     **COMPARISON_TABLES,
     **PATCHTST_TABLES,
+    **VIT_TABLES,
 }
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -99,6 +99,21 @@ def flatten_sections(content: dict[Any, Any], sections: Sequence[str], path: str
     return flat
 
 
+def read_seeds(text: str) -> list[int]:
+    """ "0,1,2" as a list.
+
+    Raises:
+        SettingsError: no whole numbers from 0 up, or one twice.
+    """
+    try:
+        seeds = [int(word) for word in str(text).split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**31 or len(set(seeds)) < len(seeds):
+        raise SettingsError(f"--seeds {text} must be different whole numbers from 0 up, such as 0,1,2")
+    return seeds
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is the device's (or the budget's) memory running out, and not a bug or a limit of a kernel."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -1,0 +1,325 @@
+"""The tables of the ViT, made from the run folders of vit_train.py, its studies and vit_benchmark.py.
+
+    python report_vit.py                              prints every table of outputs/vit
+    python report_vit.py --output_folder mine         those of your own runs
+
+report.py puts them into the README. An accuracy is the mean of the seeds with the smallest and the largest; a
+difference counts only where those ranges do not overlap. What has not been run is one line that says so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plot_patchtst import Case
+from plot_vit import CONTROL, COURSE, read_study, seeds_of, sibling_control
+from report_techniques import technique_table
+from report_text import ROOT, markdown, place, plain, read_json, shown
+from utils import SettingsError, parse_settings, run_script, setting
+
+DATA_PATHS = {"cifar10": "--data_path cifar10.npz", "cifar100": "--download true"}
+TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+CASES = {  # of the ablation, in the order of the course project's table
+    "large": "baseline of the course project: twice as wide",
+    "small": "control: none of the three",
+    "decatt": "DeCAtt",
+    "mixed": "mixed-resolution tokens",
+    "flash": "flash attention",
+    "mixed+flash": "mixed-resolution tokens, flash attention",
+    "decatt+flash": "DeCAtt, flash attention",
+    "decatt+mixed": "DeCAtt, mixed-resolution tokens",
+    "decatt+mixed+flash": "all three",
+    "centres": "control of mixed: a regular grid with its positions",
+}
+GOALS = (  # what the long run is held against: model, parameters, epochs, minutes, accuracy
+    ("course project's baseline, best epoch on the test set", "11,965,642", "50", "31", "78.4 %"),
+    ("ViT-Lite-7/4, Hassani et al. 2021", "3.717 M", "200", "-", "91.38 %"),
+)
+
+
+def not_run(what: str, command: str) -> str:
+    return f"Not run yet: {what} (`{command}`)."
+
+
+def study_command(study: str, data: str) -> str:
+    return f"python vit_train.py --experiment {study} --dataset {data} {DATA_PATHS[data]}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def spread(results: dict[str, Any], key: str = "test_accuracy") -> str:
+    """Mean of the seeds in % with the smallest and the largest; a single seed says so."""
+    values = seeds_of(results, key)
+    if not values:
+        return "-"
+    words = f"{100 * min(values):.2f}-{100 * max(values):.2f}" if len(values) > 1 else "one seed"
+    return f"{100 * sum(values) / len(values):.2f} % ({words})"
+
+
+def difference(own: dict[str, Any], control: dict[str, Any] | None) -> str:
+    """Points of test accuracy above the control; no difference where the ranges of the seeds overlap."""
+    mine, theirs = seeds_of(own, "test_accuracy"), seeds_of(control or {}, "test_accuracy")
+    if not mine or not theirs:
+        return "-"
+    points = 100 * (sum(mine) / len(mine) - sum(theirs) / len(theirs))
+    if min(len(mine), len(theirs)) < 2:
+        return f"{points:+.2f} (one seed)"
+    overlap = min(mine) <= max(theirs) and min(theirs) <= max(mine)
+    return f"no difference ({points:+.2f})" if overlap else f"{points:+.2f}"
+
+
+def with_everything(case: Case) -> float | None:
+    """Images/s with augmenting and cutting tokens, from the medians of the three parts."""
+    parts = [case.results.get(f"{name}_ms_median") for name in ("step", "augment", "tokenise")]
+    return None if None in parts else 1000 * case.info["batch_size"] / sum(parts)
+
+
+def rate(case: Case) -> str:
+    """Images/s of the step alone / with augmenting and cutting tokens."""
+    return " / ".join(
+        "-" if value is None else f"{value:,.0f}" for value in (case.results.get("images_per_s"), with_everything(case))
+    )
+
+
+def scientific(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The studies
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def ablation_table(outputs: Path, data: str) -> str:
+    """Every combination of the three techniques beside the control and what the course project had measured."""
+    folder = outputs / "vit" / f"ablation-{data}"
+    there = (folder / "experiment.json").is_file()
+    if not there and data != "cifar100":
+        return not_run("the ablation", study_command("ablation", data))
+    cases = {case.name: case for case in read_study(folder)[1]} if there else {}
+    control = cases[CONTROL].results if CONTROL in cases and cases[CONTROL].ok else None
+    course = COURSE[data]
+    header = ["case", "model", "parameters", "training, minutes", "best validation accuracy", "test accuracy (seeds)"]
+    header += ["against the control, points", "images/s of a step / with augmenting and tokens", "peak, GiB"]
+    header += ["mean C^2", f"course project: {TITLES[data]}", "its minutes"]
+    lines = []
+    for name in [*CASES, *(name for name in cases if name not in CASES)]:
+        case = cases.get(name)
+        line = [plain(name), CASES.get(name) or case.words]
+        if case is None:
+            reason = "not in the study" if there else "not run: the data could not be had"
+            line += [reason, *["-"] * 7]
+        elif not case.ok:
+            line += [case.status, *["-"] * 7]
+        else:
+            results = case.results
+            line += [
+                f"{results['parameters']:,}",
+                f"{results['training_minutes']:.2f}",
+                percent(results["validation_accuracy"]),
+                spread(results),
+                "-" if name == CONTROL else difference(results, control),
+                rate(case),
+                shown(results["peak_allocated_gib"]),
+                scientific(results["head_correlation_squares"]),
+            ]
+        if name in course:
+            accuracy, seconds, epochs = course[name]
+            words = "" if epochs == 50 else f" ({epochs} of 50 epochs)"
+            line += [f"{accuracy:.2f} %{words}", f"{seconds * epochs / 60:.1f}"]
+        else:
+            line += ["not trained", "-"]
+        lines.append(line)
+    table = markdown(header, lines)
+    return table if there else f"{table}\n\n{not_run('the ablation', study_command('ablation', data))}"
+
+
+def tokens_table(outputs: Path, data: str = "cifar10") -> str:
+    """Regular grids and mixed tokens by number: accuracy, time of the step and of cutting, work of an image."""
+    folder = outputs / "vit" / f"tokens-{data}"
+    if not (folder / "experiment.json").is_file():
+        return not_run("the study of tokens", study_command("tokens", data))
+    header = ["case", "kind", "tokens", "test accuracy (seeds)", "step, ms", "cutting tokens, ms"]
+    header += ["its part of the step with augmenting and cutting"]
+    header += ["images/s of a step / with augmenting and tokens", "GFLOP an image"]
+    lines = []
+    for case in read_study(folder)[1]:
+        if not case.ok:
+            lines.append([plain(case.name), case.words, "-", case.status, *["-"] * 5])
+            continue
+        results = case.results
+        cut, everything = results.get("tokenise_ms_median"), with_everything(case)
+        part = None if None in (cut, everything) else cut * everything / 1000 / case.info["batch_size"]
+        flops = results["seeds"][0].get("flops_per_image")
+        lines.append(
+            [
+                plain(case.name),
+                case.words,
+                str(case.info["model"]["num_tokens"]),
+                spread(results),
+                shown(results["step_ms_median"]),
+                shown(cut),
+                "-" if part is None else f"{100 * part:.1f} %",
+                rate(case),
+                "-" if flops is None else f"{flops / 1e9:.3f}",
+            ]
+        )
+    return markdown(header, lines)
+
+
+def decatt_table(outputs: Path, data: str = "cifar10") -> str:
+    """DeCAtt's weights and layers: accuracy, correlation before and after training, accuracy with a head less."""
+    folder = outputs / "vit" / f"decatt-{data}"
+    if not (folder / "experiment.json").is_file():
+        return not_run("the weights of DeCAtt", study_command("decatt", data))
+    control = sibling_control(folder)
+    cases = ([] if control is None else [control]) + read_study(folder)[1]
+    header = ["weight", "layers", "test accuracy (seeds)", "against weight 0, points"]
+    header += ["mean C^2: start, after training", "mean \\|C\\|: start, after training"]
+    header += ["without each layer's most redundant head", "without a random head of each layer"]
+    lines = []
+    for case in cases:
+        if not case.ok:
+            lines.append([plain(case.name), "-", case.status, *["-"] * 5])
+            continue
+        results, layers = case.results, case.info["model"]["decorrelated_layers"]
+        of_all = f"{layers} of {case.info['model']['num_layers']}" if layers else f"none (ablation, {case.name})"
+        pairs = [
+            ", ".join(
+                style(results.get(f"{stage}_{key}")) for stage in ("head_correlation_at_start", "head_correlation")
+            )
+            for key, style in (("squares", scientific), ("magnitudes", shown))
+        ]
+        lines.append(
+            [
+                f"{case.info.get('decatt_weight') or 0:g}",
+                of_all,
+                spread(results),
+                "-" if case is control else difference(results, None if control is None else control.results),
+                *pairs,
+                spread(results, "test_accuracy_without_a_redundant_head"),
+                spread(results, "test_accuracy_without_a_random_head"),
+            ]
+        )
+    return markdown(header, lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The long run, and what single files measured
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def goal_table(outputs: Path) -> str:
+    """The long runs (outputs/vit/best and best-*) beside the accuracies that they are held against."""
+    command = "python vit_train.py --dataset cifar10 --data_path cifar10.npz --use_compile true --run_name best"
+    header = ["model", "parameters", "epochs", "training, minutes", "with compiling and validation"]
+    header += ["validation accuracy (seeds)", "test accuracy (seeds)", "test accuracy of each seed"]
+    lines = []
+    for path in sorted((outputs / "vit").glob("best*/run.json")):
+        info = read_json(path)
+        name = f"`{path.parent.name}`, {info['device_name']}" if info.get("device_name") else f"`{path.parent.name}`"
+        if info["status"] != "ok":
+            lines.append([name, info["status"], *["-"] * 6])
+            continue
+        results = info["results"]
+        own = results["seeds"]
+        lines.append(
+            [
+                name,
+                f"{results['parameters']:,}",
+                ", ".join(str(epochs) for epochs in sorted({row["epochs"] for row in own})),
+                f"{results['training_minutes']:.2f}",
+                f"{results['total_minutes']:.2f}",
+                spread(results, "validation_accuracy"),
+                spread(results),
+                ", ".join(f"{row['seed']}: {percent(row['test_accuracy'])}" for row in own),
+            ]
+        )
+    missing = [] if lines else [not_run("the long training", command)]
+    for name, parameters, epochs, minutes, accuracy in GOALS:
+        lines.append([name, parameters, epochs, minutes, "-", "-", accuracy, "-"])
+    return "\n\n".join([markdown(header, lines), *missing])
+
+
+def techniques_table(outputs: Path) -> str:
+    """What decatt.py and mixed_resolution.py measured alone."""
+    found = []
+    for name in ("decatt", "mixed_resolution"):
+        there = (outputs / "techniques" / name / "run.json").is_file()
+        found.append(technique_table(outputs, name) if there else not_run(f"`{name}.py` alone", f"python {name}.py"))
+    return "\n\n".join(found)
+
+
+def peer_table(outputs: Path) -> str:
+    """Time and memory of a training step of each model, against the one that its row is held against."""
+    path = outputs / "vit" / "peer" / "run.json"
+    if not path.is_file():
+        return not_run("the step of another library's model", "python vit_benchmark.py --questions peer")
+    results = read_json(path)["results"]
+    times = {row["variant"]: row["ms"] for row in results["rows"] if row["status"] == "ok"}
+    lines = []
+    for row in results["rows"]:
+        name, base = row["variant"], row["baseline"]
+        line = [plain(name), plain(base or "-")]
+        if row["status"] != "ok":
+            lines.append([*line, row["status"], *["-"] * 3, plain(row["note"] or "")])
+            continue
+        own = [ms for ms in row.get("ms_of_rounds") or [] if ms is not None]
+        exact = row["exactness"] or "-"
+        span = f" ({min(own):.2f}-{max(own):.2f})" if own else ""
+        line += [f"{row['ms']:.2f}{span}", f"{row['ms'] / times[base]:.2f}" if base in times else "-"]
+        line += [shown(row["peak_gib"]), exact + ("" if row["error"] is None else f" ({row['error']:.1e})")]
+        lines.append([*line, plain(row["note"] or "")])
+    header = [
+        "model, attention",
+        "against",
+        "step, ms (all rounds)",
+        "times that",
+        "peak, GiB",
+        "result (error)",
+        "note",
+    ]
+    return markdown(header, lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def vit_tables(outputs: Path) -> dict[str, Callable[[], str]]:
+    """Name -> table."""
+    return {
+        "vit ablation": lambda: ablation_table(outputs, "cifar10"),
+        "vit cifar100": lambda: ablation_table(outputs, "cifar100"),
+        "vit tokens": lambda: tokens_table(outputs),
+        "vit decatt": lambda: decatt_table(outputs),
+        "vit goal": lambda: goal_table(outputs),
+        "vit techniques": lambda: techniques_table(outputs),
+        "vit peer": lambda: peer_table(outputs),
+    }
+
+
+VIT_TABLES = vit_tables(ROOT / "outputs")
+
+
+@dataclass
+class Settings:
+    """Settings of `python report_vit.py`."""
+
+    output_folder: str = setting("outputs", "where the folders of runs and studies lie")
+
+
+def main() -> int:
+    """Print every table."""
+    outputs = Path(parse_settings(Settings).output_folder)
+    if not (outputs / "vit").is_dir():
+        raise SettingsError(f"{place(outputs / 'vit')} is missing; run vit_train.py")
+    for name, table in vit_tables(outputs).items():
+        print(f"{name}\n\n{table()}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

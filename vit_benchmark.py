@@ -1,0 +1,596 @@
+"""The vision transformer's training step beside vit-pytorch's SimpleViT; what kernels, DeCAtt and tokens cost in it.
+
+    python vit_benchmark.py                             all questions (tiny sizes without a GPU, about a minute)
+    python vit_benchmark.py --questions peer            the peer alone
+    python vit_benchmark.py --questions kernels,decatt --backends sdpa_efficient,short
+
+peer: SimpleViT, written here by its published architecture, and this lab's model with the same weights, on the same
+images. One step = cutting patches, forward, cross-entropy, backward, fused AdamW. Before a variant is timed, its logits
+and gradients are held against the peer's in fp64: an error at most twice the peer's own in the same precision, or it is
+`changed` and gets no time. The peer's linear layers of attention have no bias: ours are set to zero. It cuts a patch as
+(row, column, channel), we as (channel, row, column), so the weights that meet a patch's numbers are permuted. Under
+autocast its norms return fp32 and so does every sum after them: its residual stream is fp32, ours has 16 bits. Its
+positions are a buffer here; the package moves them to the GPU in every step.
+
+kernels: the model of 4.2 M parameters with each attention backend, 65 tokens with the class token, and the two fastest
+with 64 (pool mean), because a 65th token needs one more tile. Held against the textbook model in fp64 in the same way.
+
+decatt: that model with DeCAtt's term in no, some and all layers: what a step costs more.
+
+tokens: a step at several numbers of tokens, and the mixed-resolution tokeniser alone. `part_of_step` is its time as a
+part of itself and the step together; the goal is at most 10 %.
+
+Peaks are those of one variant: what other variants keep on the device is left out.
+
+When it does not help: times of another GPU do not follow from these, and in a training run augmentation comes on top.
+
+Source: https://github.com/lucidrains/vit-pytorch (SimpleViT); Beyer et al. 2022, Better plain ViT baselines for
+ImageNet-1k, arXiv 2205.01580.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attention import KernelObserver, prepare_for_compile
+from attention_support import BACKENDS, FULL, choose_backend, unsupported_reason
+from mixed_resolution import SCORERS, ScorerNetwork, cut, quadtree, resize, scores, tokenize, valid_counts
+from optimizers import make_optimizer
+from precision import AUTOCAST_DTYPES, autocast, set_precision
+from technique_bench import EXACTNESS, Cost, Study, compare, interleaved, middle, relative_error
+from utils import GIB, SettingsError, count_parameters, is_out_of_memory, parse_settings, run_script, setting
+from vit import MODEL_SIZES, ViT, ViTConfig, vit_config
+
+QUESTIONS = {"peer": "peer", "kernels": "kernels", "decatt": "decatt_step", "tokens": "tokens"}  # -> folder
+IMAGE_SIZE, PATCH_SIZE, NUM_CLASSES, DECATT_WEIGHT = 32, 4, 10, 10.0
+GOAL = 0.1  # the tokeniser's part of a step
+PEER_SIZES = {
+    "anchor": {"num_layers": 6, "embedding_dim": 384, "num_heads": 6, "mlp_dim": 768},
+    "tiny": {"num_layers": 2, "embedding_dim": 32, "num_heads": 2, "mlp_dim": 64},
+}
+WRAPPERS = {"aten::scaled_dot_product_attention"}  # operators that only choose one of the others
+
+
+# fmt: off
+@dataclass
+class Settings:
+    """Settings of `python vit_benchmark.py`."""
+
+    questions: str = setting(",".join(QUESTIONS), f"some of {', '.join(QUESTIONS)}")
+    batch_size: int | None = setting(None, "images in a batch (default: 512, without a GPU 4)")
+    peer_size: str | None = setting(None, "shape of `peer` (default: anchor, without a GPU tiny)", list(PEER_SIZES))
+    model_size: str | None = setting(None, "shape elsewhere (default: small, without a GPU tiny)", list(MODEL_SIZES))
+    precision: str | None = setting(None, "default: bf16, without a GPU fp32", ["fp32", "tf32", "bf16"])
+    backends: str | None = setting(None, f"kernels of peer and kernels, some of {', '.join(BACKENDS)} (default: eager "
+                                         "and the fused ones for few tokens; what cannot run here is noted)")
+    use_compile: bool | None = setting(None, "compiled variants (default: with a GPU)")
+    token_counts: str = setting("34,36,37,49,64", "patches of an image, rising, for the question tokens")
+    rounds: int = setting(5, "measurements of each variant, in turn")
+    repeats: int | None = setting(None, "timed steps of a measurement (default: 10, without a GPU 2)")
+    output_folder: str = setting("outputs", "folder of all results")
+# fmt: on
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The two models
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def grid_coordinates(side: int) -> torch.Tensor:
+    """(side x side, 2): column x and row y of each patch, row-major, from 0."""
+    steps = torch.arange(side, dtype=torch.float32)
+    return torch.stack([steps.repeat(side), steps.repeat_interleave(side)], dim=1)
+
+
+class PeerAttention(nn.Module):
+    """q, k and v from one layer, textbook softmax; `fused` leaves the products to PyTorch. No layer has a bias."""
+
+    def __init__(self, width: int, heads: int, fused: bool):
+        super().__init__()
+        self.heads, self.scale, self.fused = heads, (width // heads) ** -0.5, fused
+        self.qkv, self.output = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(images, tokens, width) -> the same shape"""
+        parts = self.qkv(hidden_states).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (images, heads, tokens, d)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        else:
+            mixed = torch.matmul((torch.matmul(q, k.transpose(-1, -2)) * self.scale).softmax(dim=-1), v)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+class PeerBlock(nn.Module):
+    """Norm, attention, residual; norm, Linear, GELU, Linear, residual."""
+
+    def __init__(self, width: int, heads: int, mlp_dim: int, fused: bool):
+        super().__init__()
+        self.attention_norm, self.attention = nn.LayerNorm(width), PeerAttention(width, heads, fused)
+        self.mlp_norm, self.expand = nn.LayerNorm(width), nn.Linear(width, mlp_dim)
+        self.contract = nn.Linear(mlp_dim, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(images, tokens, width) -> the same shape"""
+        hidden_states = self.attention(self.attention_norm(hidden_states)) + hidden_states
+        return self.contract(F.gelu(self.expand(self.mlp_norm(hidden_states)))) + hidden_states
+
+
+class SimpleViT(nn.Module):
+    """vit-pytorch's SimpleViT; modules are named as in vit.py, so that weights can be copied by name."""
+
+    def __init__(self, num_layers: int, embedding_dim: int, num_heads: int, mlp_dim: int, fused: bool = False):
+        super().__init__()
+        values, width, side = 3 * PATCH_SIZE**2, embedding_dim, IMAGE_SIZE // PATCH_SIZE
+        self.patch_norm, self.embedding = nn.LayerNorm(values), nn.Linear(values, width)
+        self.embedding_norm = nn.LayerNorm(width)
+        frequencies = 10000 ** (-torch.arange(width // 4) / (width // 4 - 1))
+        x, y = (grid_coordinates(side)[:, axis, None] * frequencies for axis in (0, 1))
+        self.register_buffer("positions", torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1), persistent=False)
+        self.blocks = nn.ModuleList(PeerBlock(width, num_heads, mlp_dim, fused) for _ in range(num_layers))
+        self.final_norm, self.head = nn.LayerNorm(width), nn.Linear(width, NUM_CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(images, 3, 32, 32) -> (images, classes)"""
+        patches = images.unflatten(3, (-1, PATCH_SIZE)).unflatten(2, (-1, PATCH_SIZE))  # (b, c, h, p1, w, p2)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (b, h w, p1 p2 c)
+        hidden_states = self.embedding_norm(self.embedding(self.patch_norm(patches)))
+        hidden_states = hidden_states + self.positions.to(hidden_states.dtype)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return self.head(self.final_norm(hidden_states).mean(dim=1))
+
+
+class OnImages(nn.Module):
+    """This lab's model with the cutting of patches in front, as SimpleViT has it."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.model = ViT(config)
+        self.register_buffer("grid", grid_coordinates(IMAGE_SIZE // PATCH_SIZE), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """(images, 3, 32, 32) -> what the model returns"""
+        return self.model(cut(images, PATCH_SIZE), self.grid)
+
+
+def our_peer(shape: dict[str, int], backend: str) -> OnImages:
+    """The lab's model of SimpleViT's shape."""
+    options = {"pool": "mean", "positions": "centres", "head": "linear", "patch_norm": True}
+    return OnImages(vit_config(**shape, **options, num_classes=NUM_CLASSES, attention_backend=backend))
+
+
+def in_our_order(name: str, values: torch.Tensor) -> torch.Tensor:
+    """SimpleViT's parameter or gradient with a patch's numbers as (channel, row, column)."""
+    if name == "embedding.weight" or name.startswith("patch_norm."):
+        return values.unflatten(-1, (PATCH_SIZE**2, 3)).transpose(-1, -2).flatten(-2)
+    return values
+
+
+@torch.no_grad()
+def copy_weights(model: ViT, state: dict[str, torch.Tensor]) -> None:
+    """Give the lab's model SimpleViT's weights; biases that SimpleViT lacks become zero."""
+    missing = model.load_state_dict({name: in_our_order(name, value) for name, value in state.items()}, strict=False)
+    for name in missing.missing_keys:
+        model.get_parameter(name).zero_()
+
+
+class Trial:
+    """A model with its optimizer and a batch; `step` trains on it once."""
+
+    def __init__(self, model: nn.Module, precision: str, device: torch.device, batch: tuple[torch.Tensor, ...]):
+        self.module, self.precision, self.device, self.batch = model.to(device), precision, device, batch
+        self.called: Callable[..., Any] = self.module
+        options = {"learning_rate": 1e-4, "weight_decay": 0.0, "device": device}
+        self.optimizer = make_optimizer("adamw", model.parameters(), **options)
+        model.register_buffer("batch_inputs", batch[0], persistent=False)  # so that the tracker sees them without a GPU
+        model.register_buffer("batch_labels", batch[1], persistent=False)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.module.model if isinstance(self.module, OnImages) else self.module
+
+    def synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def start(self, compiled: bool) -> float:
+        """Compile the model if asked to and run the first step; returns its seconds."""
+        if compiled:
+            prepare_for_compile()
+            # One entry for each variant, and no silent return to uncompiled code.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            self.called = torch.compile(self.module, dynamic=False)
+        begin = time.perf_counter()
+        self.step()
+        self.synchronise()
+        return round(time.perf_counter() - begin, 2)
+
+    def loss(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy, with DeCAtt's term where the model returns one; and the logits."""
+        with autocast(self.precision, self.device):
+            result = self.called(self.batch[0])
+            logits, term = result if isinstance(result, tuple) else (result, None)
+            loss = F.cross_entropy(logits, self.batch[1])
+        return loss if term is None else loss + DECATT_WEIGHT * term, logits
+
+    def step(self) -> None:
+        self.loss()[0].backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def kernel(self) -> str:
+        """The attention operators that a training step runs, compiled or not."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            self.step()
+        names = {event.key for event in profile.key_averages()}
+        chosen = {name for name in names - WRAPPERS if any(sign in name for sign in KernelObserver.SIGNS)}
+        fused = sorted(name.replace("::", ".") for name in chosen if "backward" not in name.lower())
+        plain = "matmul, softmax, matmul" + (" (compiled)" if self.called is not self.module else " (eager)")
+        return ", ".join(fused) or plain
+
+    def own_gib(self) -> float:
+        """Parameters, optimizer states and the batch."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.module.parameters(), *self.module.buffers(), *filter(torch.is_tensor, states)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / GIB
+
+    def results(self, names: list[str]) -> list[torch.Tensor]:
+        """Logits and gradients of the named parameters, in this lab's order; of what is timed: compiled if it is."""
+        self.module.zero_grad(set_to_none=True)
+        loss, logits = self.loss()
+        loss.backward()
+        gradients = [self.model.get_parameter(name).grad.clone() for name in names]
+        self.module.zero_grad(set_to_none=True)
+        if isinstance(self.model, SimpleViT):
+            gradients = [in_our_order(name, values) for name, values in zip(names, gradients, strict=True)]
+        return [logits.detach(), *gradients]
+
+
+class Gate:
+    """What a model computes in fp64 and, uncompiled, in the benchmark's precision; others are held against it.
+
+    The bias of q, k and v is left out: softmax ignores what k's adds, so a third of its gradient is rounding alone.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module], precision: str, device: torch.device, batch: tuple):
+        torch.manual_seed(0)
+        plain = Trial(make(), precision, device, batch)
+        self.names = [name for name, _ in plain.model.named_parameters() if not name.endswith("qkv.bias")]
+        self.state = {name: value.clone() for name, value in plain.model.state_dict().items() if "batch_" not in name}
+        exact = Trial(make().double(), "fp32", device, (batch[0].double(), batch[1]))  # no autocast
+        exact.model.load_state_dict(self.state)
+        self.from_peer = isinstance(plain.model, SimpleViT)
+        self.plain, self.exact = plain.results(self.names), exact.results(self.names)
+        self.plain_error = relative_error(self.plain, self.exact)
+
+    def check(self, trial: Trial) -> tuple[str, float]:
+        """Exactness and error of a trial with the same weights, as `compare` has them."""
+        if self.from_peer and isinstance(trial.model, ViT):
+            copy_weights(trial.model, self.state)
+        else:
+            trial.model.load_state_dict(self.state)
+        found = trial.results(self.names)
+        logits, gradients = (
+            compare(found[part], self.plain[part], self.exact[part]) for part in (slice(1), slice(1, None))
+        )  # apart: the noise of the worst gradient would hide wrong logits
+        return max(logits, gradients, key=lambda result: EXACTNESS.index(result[0]))[0], max(logits[1], gradients[1])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measuring
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Variant:
+    """A model to time. `refused` says why it cannot run here; `facts` go into its row."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    batch: tuple[torch.Tensor, torch.Tensor]
+    compiled: bool
+    refused: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def begin(trial: Trial, compiled: bool) -> tuple[float | None, str, str]:
+    """First steps: (seconds of the first, the kernel or what went wrong, status ok, oom or failed)."""
+    try:
+        return trial.start(compiled), trial.kernel(), "ok"
+    except (SettingsError, RuntimeError) as error:
+        status, reason = "oom" if is_out_of_memory(error) else "failed", " ".join(str(error).split())[:300]
+    return None, reason, status
+
+
+def run_variants(
+    study: Study, settings: Settings, device: torch.device, variants: list[Variant], base: str, gate: Gate | None = None
+) -> list[dict[str, Any]]:
+    """Start, check and time variants in turn; returns their rows. What fails or is `changed` gets no time."""
+    trials: dict[str, Trial] = {}
+    notes, facts, parity, statuses = {}, {}, {}, {}
+    for variant in variants:
+        name = variant.name
+        facts[name], parity[name] = {"compile_s": None, "kernel": None}, (None, None)
+        if variant.refused is not None:
+            statuses[name], notes[name] = "unsupported", f"unsupported: {variant.refused}"
+            continue
+        torch.manual_seed(0)
+        trial = Trial(variant.make(), settings.precision, device, variant.batch)
+        seconds, notes[name], statuses[name] = begin(trial, variant.compiled)
+        if statuses[name] == "ok":
+            facts[name] = {"compile_s": seconds if variant.compiled else None, "kernel": notes[name]}
+            facts[name]["parameters"] = count_parameters(trial.model)
+            if gate is not None:
+                exactness, error = gate.check(trial)
+                peer = isinstance(trial.model, SimpleViT)  # what the others are held against
+                parity[name] = (None if peer else exactness, error)
+            if parity[name][0] == "changed":
+                statuses[name], notes[name] = "not timed", "not timed: its results are not those of the reference"
+            else:
+                trials[name] = trial
+        del trial
+        gc.collect()
+    steps = {name: (trial.step, (trial.module, trial.optimizer)) for name, trial in trials.items()}
+    compiled = any(variant.compiled for variant in variants)
+    costs = interleaved(steps, device, rounds=settings.rounds, repeats=settings.repeats, compiled=compiled)
+    rows = []
+    for variant in variants:
+        name, rounds = variant.name, costs.get(variant.name, [])
+        cost = middle(rounds) if rounds else Cost(statuses[name])
+        if cost.peak_gib is not None:  # without what the other variants keep
+            own = trials[name].own_gib()
+            cost = replace(cost, start_gib=round(own, 4), peak_gib=round(cost.peak_gib - cost.start_gib + own, 4))
+        exactness, error = parity[name]
+        against = None if name == base else base
+        study.add(name, cost, exactness=exactness, error=error, baseline=against, note=notes[name])
+        images = len(variant.batch[0])
+        row = study.rows[-1]
+        row |= {"compiled": variant.compiled, "batch_size": images, **facts[name], **variant.facts}
+        row["ms_of_rounds"] = [part.ms for part in rounds]
+        row["images_per_s"] = None if cost.ms is None else round(1000 * images / cost.ms, 1)
+        rows.append(row)
+    del trials, steps
+    free(device)
+    return rows
+
+
+def free(device: torch.device) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def make_images(settings: Settings, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised images (batch, 3, 32, 32), smooth with some noise, and labels (batch,)."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = resize(torch.randn(settings.batch_size, 3, 8, 8, generator=generator), IMAGE_SIZE)
+    images = smooth + 0.1 * torch.randn(smooth.shape, generator=generator)
+    return images.to(device), torch.randint(NUM_CLASSES, (len(images),), generator=generator).to(device)
+
+
+def refusal(settings: Settings, device: torch.device, backend: str, config: ViTConfig) -> str | None:
+    dtype = AUTOCAST_DTYPES.get(settings.precision, torch.float32)
+    options = {"causal": False, "tokens": config.sequence_length}
+    return unsupported_reason(backend, device, dtype, FULL, config.head_dim, **options)
+
+
+def default_backend(settings: Settings, device: torch.device, config: ViTConfig) -> str:
+    dtype = AUTOCAST_DTYPES.get(settings.precision, torch.float32)
+    options = {"tokens": config.sequence_length, "causal": False, "packed": True}
+    return choose_backend(device, dtype, FULL, config.head_dim, **options)[0]
+
+
+def fastest(rows: list[dict[str, Any]]) -> list[str]:
+    """Backends of the rows that were timed, the fastest first; those of the peer have none."""
+    return [row["backend"] for row in sorted((r for r in rows if r["ms"] and r["backend"]), key=lambda r: r["ms"])]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The questions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def ask_peer(study: Study, settings: Settings, device: torch.device, backends: list[str]) -> dict[str, Any]:
+    """SimpleViT and this lab's model with every backend; after compiled ones uncompiled only the fastest of them."""
+    shape, batch = PEER_SIZES[settings.peer_size], make_images(settings, device)
+    stream = str(AUTOCAST_DTYPES.get(settings.precision, torch.float32)).removeprefix("torch.")
+    gate = Gate(lambda: SimpleViT(**shape), settings.precision, device, batch)
+    for compiled in (True, False) if settings.use_compile else (False,):
+        word, variants = ", compiled" if compiled else "", []
+        for name, fused in (("textbook", False), ("sdpa", True)):
+            make = lambda fused=fused: SimpleViT(**shape, fused=fused)  # noqa: E731
+            facts = {"model": "SimpleViT", "backend": None, "residual_stream": "float32"}
+            variants.append(Variant(f"SimpleViT, {name}{word}", make, batch, compiled, None, facts))
+        for backend in backends:
+            make = lambda backend=backend: our_peer(shape, backend)  # noqa: E731
+            config = vit_config(**shape, pool="mean")
+            facts = {"model": "this lab", "backend": backend, "residual_stream": stream}
+            refused = refusal(settings, device, backend, config)
+            variants.append(Variant(f"this lab, {backend}{word}", make, batch, compiled, refused, facts))
+        rows = run_variants(study, settings, device, variants, f"SimpleViT, textbook{word}", gate)
+        backends = fastest(rows)[:1]
+    return {"peer_error": gate.plain_error, "shape": shape}
+
+
+def ask_kernels(study: Study, settings: Settings, device: torch.device, backends: list[str]) -> dict[str, Any]:
+    """The model with a class token and every backend, then the two fastest without one."""
+    batch, word = make_images(settings, device), ", compiled" if settings.use_compile else ""
+    errors = {}
+    for pool in ("class", "mean"):
+        config = vit_config(settings.model_size, pool=pool, num_classes=NUM_CLASSES)
+        tokens = config.sequence_length
+
+        def make(backend: str, config: ViTConfig = config) -> OnImages:
+            return OnImages(replace(config, attention_backend=backend))
+
+        gate = Gate(lambda make=make: make("eager"), settings.precision, device, batch)
+        errors[tokens] = gate.plain_error
+        variants = [
+            Variant(
+                f"{backend}, {tokens} tokens{word}",
+                lambda backend=backend, make=make: make(backend),
+                batch,
+                settings.use_compile,
+                refusal(settings, device, backend, config),
+                {"backend": backend, "pool": pool, "tokens": tokens},
+            )
+            for backend in backends
+        ]
+        rows = run_variants(study, settings, device, variants, variants[0].name if variants else "", gate)
+        backends = fastest(rows)[:2]
+        del gate
+    return {"eager_error": errors, "model_size": settings.model_size}
+
+
+def ask_decatt(study: Study, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """A step with DeCAtt's term in no, some and all layers, textbook and the default fused attention."""
+    batch = make_images(settings, device)
+    whole = vit_config(settings.model_size, num_classes=NUM_CLASSES)
+    counts = (0, max(1, whole.num_layers // 4), whole.num_layers)
+    for compiled in (False, True) if settings.use_compile else (False,):
+        for backend in dict.fromkeys(["eager", default_backend(settings, device, whole)]):
+            start, variants = f"{backend}{', compiled' if compiled else ''}, DeCAtt in ", []
+            for count in counts:
+                config = replace(whole, attention_backend=backend, decorrelated_layers=count)
+                make = lambda config=config: OnImages(config)  # noqa: E731
+                facts = {"backend": backend, "decorrelated_layers": count}
+                variants.append(Variant(f"{start}{count} layers", make, batch, compiled, None, facts))
+            rows = run_variants(study, settings, device, variants, variants[0].name)
+            for row in rows:
+                times = zip(row["ms_of_rounds"], rows[0]["ms_of_rounds"], strict=False)
+                row["extra_ms_of_rounds"] = [round(a - b, 4) for a, b in times if a is not None and b is not None]
+                known = None not in (row["ms"], rows[0]["ms"])
+                row["extra_ms"] = round(row["ms"] - rows[0]["ms"], 4) if known else None
+                row["extra_mib"] = None if row["saved_gib"] is None else round(-1024 * row["saved_gib"], 2)
+    return {"model_size": settings.model_size, "decatt_weight": DECATT_WEIGHT}
+
+
+def ask_tokens(study: Study, settings: Settings, device: torch.device, counts: list[int]) -> dict[str, Any]:
+    """Steps at several numbers of tokens, then the tokeniser alone at the smallest and largest that a tree can have."""
+    images, labels = make_images(settings, device)
+    word, variants = ", compiled" if settings.use_compile else "", []
+    for count in reversed(counts):  # the largest is what the others are held against
+        config = vit_config(settings.model_size, num_tokens=count, num_classes=NUM_CLASSES)
+        config = replace(config, attention_backend=default_backend(settings, device, config))
+        patches = torch.randn(len(images), count, config.patch_values, device=device)
+        make = lambda config=config: ViT(config)  # noqa: E731
+        facts = {"kind": "step", "patches": count, "backend": config.attention_backend}
+        variants.append(
+            Variant(f"step, {count} patches{word}", make, (patches, labels), settings.use_compile, None, facts)
+        )
+    rows = run_variants(study, settings, device, variants, variants[0].name)
+    steps = {row["patches"]: row["ms"] for row in rows}
+
+    size = 2 * IMAGE_SIZE
+    possible = [count for count in counts if count in valid_counts(size, 4, 16)]
+    calls, facts = {}, {}
+    for count in sorted({*possible[:1], *possible[-1:]}):
+        for scorer in SCORERS:
+            name = f"tokeniser {scorer}, {count} tokens{word}"
+            calls[name] = (make_tokeniser(settings, device, images, scorer, count), ())
+            facts[name] = {"kind": "tokeniser", "scorer": scorer, "patches": count, "image_size": size}
+            calls[name][0]()
+    options = {"rounds": settings.rounds, "repeats": settings.repeats, "compiled": settings.use_compile}
+    for name, rounds in interleaved(calls, device, **options).items():
+        cost, step = middle(rounds), steps[facts[name]["patches"]]
+        known = None not in (cost.ms, step)
+        part = round(cost.ms / (cost.ms + step), 4) if known else None
+        study.add(name, cost, note=f"{part:.1%} of tokeniser and step" if known else "")
+        study.rows[-1] |= {"compiled": settings.use_compile, "batch_size": len(images), **facts[name]}
+        study.rows[-1] |= {
+            "ms_of_rounds": [row.ms for row in rounds],
+            "images_per_s": None if cost.ms is None else round(1000 * len(images) / cost.ms, 1),
+            "step_ms": step,
+            "part_of_step": part,
+            "within_goal": part <= GOAL if known else None,
+        }
+    free(device)
+    return {"model_size": settings.model_size, "goal": GOAL}
+
+
+def make_tokeniser(
+    settings: Settings, device: torch.device, images: torch.Tensor, scorer: str, count: int
+) -> Callable[[], None]:
+    """What vit_fit.py does with a batch: enlarge, score, cut; random numbers are drawn outside of compiled code."""
+    tree = quadtree(2 * IMAGE_SIZE, 4, 16, count)
+    network = ScorerNetwork(NUM_CLASSES).to(device).eval() if scorer == "trained" else None
+    shapes = [(len(images), (tree.image_size // side) ** 2) for side in tree.sizes if side > tree.min_patch]
+
+    def cut_tokens(images: torch.Tensor, importances: list[torch.Tensor] | None) -> Any:
+        images = resize(images, tree.image_size)
+        if importances is None:
+            importances = scores(images, tree, scorer, network=network)
+        return tokenize(images, tree, importances)
+
+    called = torch.compile(cut_tokens, dynamic=False, fullgraph=True) if settings.use_compile else cut_tokens
+    generator = torch.Generator(device).manual_seed(0)
+
+    def call() -> None:
+        drawn = [torch.rand(s, generator=generator, device=device) for s in shapes] if scorer == "random" else None
+        called(images, drawn)
+
+    return call
+
+
+def read_settings() -> tuple[Settings, torch.device, list[str], list[str], list[int]]:
+    """Settings with defaults filled in, the device, the questions, the backends and the numbers of patches.
+
+    Raises:
+        SettingsError: values out of range, unknown questions or backends.
+    """
+    settings = parse_settings(Settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    defaults = {"batch_size": (4, 512), "peer_size": ("tiny", "anchor"), "model_size": ("tiny", "small")}
+    defaults |= {"precision": ("fp32", "bf16"), "use_compile": (False, True), "repeats": (2, 10)}
+    defaults |= {"backends": ("eager,sdpa,short", "eager,sdpa_efficient,sdpa_cudnn,flash_attn,short")}
+    for name, values in defaults.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, values[gpu])
+    for name in ("batch_size", "rounds", "repeats"):
+        if getattr(settings, name) < 1:
+            raise SettingsError(f"--{name} must be at least 1, not {getattr(settings, name)}")
+    questions, backends = settings.questions.split(","), settings.backends.split(",")
+    for name, words, known in (("questions", questions, QUESTIONS), ("backends", backends, BACKENDS)):
+        if not set(words) <= set(known) or len(set(words)) < len(words):
+            raise SettingsError(f"--{name} {','.join(words)} must be different ones of {', '.join(known)}")
+    try:
+        counts = [int(word) for word in settings.token_counts.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or counts != sorted(set(counts)) or counts[0] < 1:
+        raise SettingsError(f"--token_counts {settings.token_counts} must be rising numbers such as 36,64")
+    set_precision(settings.precision, device)
+    return settings, device, questions, backends, counts
+
+
+def main() -> int:
+    """Ask the questions, print the tables and leave outputs/vit/<question>/run.json; 1 if a variant was wrong."""
+    settings, device, questions, backends, counts = read_settings()
+    print(f"batch {settings.batch_size}, {settings.precision}, {settings.rounds} rounds of {settings.repeats} steps")
+    status = 0
+    for question in questions:
+        study = Study(QUESTIONS[question], settings, device, experiment="vit")
+        if question == "peer":
+            more = ask_peer(study, settings, device, backends)
+        elif question == "kernels":
+            more = ask_kernels(study, settings, device, backends)
+        elif question == "decatt":
+            more = ask_decatt(study, settings, device)
+        else:
+            more = ask_tokens(study, settings, device, counts)
+        status |= study.finish(**more) | any(row["status"] == "failed" for row in study.rows)
+    return status
+
+
+if __name__ == "__main__":
+    run_script(main)

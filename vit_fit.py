@@ -1,0 +1,506 @@
+"""The training of a ViT with one seed: augmentation, tokens and steps on one clock, validation, and what it measured.
+
+vit_train.py reads the settings and writes the results.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+import utils
+from attention import prepare_for_compile
+from decatt import head_correlation
+from head_pruning import attention_layers, remove_heads
+from image_augmentation import augment, draw_mixing, draw_numbers, normalise
+from image_dataset import ImageData
+from memory_tracker import MemoryTracker
+from mixed_resolution import Tokens, mosaic, resize, scores, tokenize, train_scorer, uniform_tokens
+from optimizers import make_optimizer
+from precision import autocast, make_scaler
+from run_folder import LapClock, RunFolder, StopRequest, step_times
+from utils import count_parameters
+from vit import ViT, flops_per_image, head_outputs
+from vit_plan import Plan
+
+CORRELATED_IMAGES = 1000  # of validation, on which the correlation of heads is measured
+SHOWN_IMAGES = 8  # in mosaics.npz
+
+
+@dataclass
+class Best:
+    """The epoch with the highest validation accuracy so far, and its weights."""
+
+    accuracy: float = -1.0
+    loss: float = math.inf
+    epoch: int = 0
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def parameter_groups(model: ViT, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, which decay, and everything else (norms, biases, positions, the class token), which does not."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name != "positions"]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or name == "positions"]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def rate_at(step: int, *, warm_up_steps: float, all_steps: int, cosine: bool) -> float:
+    """Learning rate of a step as a part of the highest: a linear rise, then half a cosine down to 0, or constant."""
+    if step < warm_up_steps:
+        return (step + 1) / warm_up_steps
+    if not cosine:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up_steps) / max(1.0, all_steps - warm_up_steps)))
+
+
+class Training:
+    """What the training of one seed holds: model, optimizer, data, tracker, folder, and where it is."""
+
+    def __init__(self, settings: Any, plan: Plan, data: ImageData, run: RunFolder, seed: int, stop: StopRequest):
+        self.settings, self.plan, self.data, self.run, self.stop = settings, plan, data, run, stop
+        self.seed, self.device, self.images = seed, plan.device, data.splits["train"]
+        self.scorer_s, self.scorer = 0.0, None
+        if plan.scorer == "trained":
+            self.scorer, self.scorer_s = self.make_scorer()
+        torch.manual_seed(seed)
+        self.model = ViT(plan.model).to(self.device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if settings.average_decay else None
+        self.optimizer = make_optimizer(
+            "adamw",
+            parameter_groups(self.model, settings.weight_decay),
+            learning_rate=plan.learning_rate,
+            weight_decay=settings.weight_decay,
+            device=self.device,
+        )
+        self.scaler = make_scaler(plan.precision, self.device)
+        shape = {"warm_up_steps": plan.warm_up_epochs * self.steps_per_epoch, "cosine": settings.schedule == "cosine"}
+        self.scheduler = LambdaLR(
+            self.optimizer, partial(rate_at, all_steps=plan.epochs * self.steps_per_epoch, **shape)
+        )
+        self.tracker = MemoryTracker(self.device, run.path / "memory.csv", (self.model, self.optimizer))
+        self.numbers = torch.Generator(self.device).manual_seed(seed)  # order, augmentation, random trees
+        self.best = Best()
+        self.step = self.epoch = 0
+        self.first_step_ms: float | None = None
+        self.seconds = self.evaluation_s = 0.0
+        self.laps: list[dict[str, Any]] = []  # an entry an epoch: milliseconds of each step's parts
+        self.at_start = self.correlation(self.model)
+        self.build()
+
+    def build(self) -> None:
+        """The functions of a step as the settings want them."""
+        fixed = {"augmentation": self.plan.augmentation, "num_classes": self.plan.model.num_classes}
+        self.augment = partial(augment, mean=self.data.mean, deviation=self.data.deviation, **fixed)
+        self.forward, self.cut = self.model, self.cut_tokens
+        if self.settings.use_compile:
+            prepare_for_compile()
+            compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+            self.forward, self.augment, self.cut = compiled(self.model), compiled(self.augment), compiled(self.cut)
+
+    def make_scorer(self) -> tuple[torch.nn.Module, float]:
+        """The scorer's network, trained on the same training images, and the seconds that took."""
+        begin = time.perf_counter()
+        epochs = self.settings.scorer_epochs or 2
+        network = train_scorer(
+            self.images.images,
+            self.images.labels,
+            num_classes=self.plan.model.num_classes,
+            mean=self.data.mean,
+            deviation=self.data.deviation,
+            epochs=epochs,
+            batch_size=self.plan.batch_size,
+            learning_rate=2e-3,
+            seed=self.seed,
+        )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return network, time.perf_counter() - begin
+
+    # -- batches -----------------------------------------------------------------------------------------------------
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches; the rest of an epoch's images come up in another epoch, because the order changes."""
+        return len(self.images) // self.plan.batch_size
+
+    def cut_tokens(self, inputs: torch.Tensor, importances: list[torch.Tensor] | None = None) -> Tokens:
+        """Normalised images (images, 3, size, size) to tokens; importances are drawn here unless given."""
+        plan = self.plan
+        inputs = resize(inputs, plan.image_size)
+        if plan.tree is None:
+            return uniform_tokens(inputs, plan.patch_size)
+        if importances is None:
+            importances = scores(inputs, plan.tree, plan.scorer, network=self.scorer)
+        return tokenize(inputs, plan.tree, importances)
+
+    def random_importances(self, count: int, generator: torch.Generator) -> list[torch.Tensor] | None:
+        """Numbers for the random scorer, drawn outside of compiled code; None for every other."""
+        tree = self.plan.tree
+        if self.plan.scorer != "random":
+            return None
+        shapes = [(count, (tree.image_size // size) ** 2) for size in tree.sizes if size > tree.min_patch]
+        return [torch.rand(shape, generator=generator, device=self.device) for shape in shapes]
+
+    def tokens_of(self, images: torch.Tensor, place: int = 0) -> Tokens:
+        """Tokens of images as they are (bytes), for evaluation; `place` seeds the random scorer."""
+        inputs = normalise(images, self.data.mean, self.data.deviation)
+        generator = torch.Generator(self.device).manual_seed(place)
+        return self.cut_tokens(inputs, self.random_importances(len(images), generator))
+
+    def batches(self, clock: LapClock) -> Iterator[tuple[Tokens, torch.Tensor]]:
+        """Tokens and soft targets (images, classes) of this epoch's batches; marks the clock after each part."""
+        batch, plan = self.plan.batch_size, self.plan
+        order = torch.randperm(len(self.images), generator=self.numbers, device=self.device)
+        mixing = draw_mixing(self.steps_per_epoch, plan.augmentation, self.seed, self.epoch, self.device)
+        for place in range(self.steps_per_epoch):
+            chosen = order[place * batch : (place + 1) * batch]
+            numbers = draw_numbers(batch, plan.augmentation, self.numbers, self.device)
+            images, labels = self.images.images[chosen], self.images.labels[chosen]
+            inputs, targets = self.augment(images, labels, numbers, mixing[place])
+            clock.mark()
+            tokens = self.cut(inputs, self.random_importances(batch, self.numbers))
+            clock.mark()
+            yield tokens, targets
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, tokens: Tokens, targets: torch.Tensor) -> torch.Tensor:
+        """One optimizer step.
+
+        Returns:
+            (3,) on the device, so that nobody has to wait for the GPU: cross-entropy, accuracy (with mixed images: of
+            the larger part), DeCAtt's term (0 without).
+        """
+        tracker, settings = self.tracker, self.settings
+        with tracker.phase("training_step"):
+            with tracker.phase("forward_pass"), autocast(self.plan.precision, self.device):
+                result = self.forward(tokens.patches, tokens.centres)
+            with tracker.phase("loss"):
+                logits, term = result if isinstance(result, tuple) else (result, None)
+                loss = F.cross_entropy(logits, targets)
+                total = loss if term is None else loss + self.plan.decatt_weight * term
+                right = (logits.argmax(1) == targets.argmax(1)).float().mean()
+            del result, logits
+            with tracker.phase("backward_pass"):
+                self.scaler.scale(total).backward()
+            with tracker.phase("optimizer_step"):
+                if settings.gradient_clip:
+                    self.scaler.unscale_(self.optimizer)
+                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.scheduler.step()
+                self.update_average()
+        term = torch.zeros_like(right) if term is None else term.detach()
+        return torch.stack([loss.detach(), right, term])
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the averaged weights towards the present ones; faster in the beginning, when they are far away."""
+        if self.average is None:
+            return
+        decay = min(self.settings.average_decay, (1 + self.step) / (10 + self.step))
+        own = list(self.average.parameters())
+        torch._foreach_lerp_(own, list(self.model.parameters()), 1 - decay)
+
+    def train_epoch(self) -> dict[str, float]:
+        """One pass over the training images; writes its steps and returns the means of its loss, accuracy and term.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+            Interrupted: Ctrl-C or SIGTERM.
+        """
+        settings, clock, found = self.settings, LapClock(self.device), []
+        # Without a GPU live tensors are counted operator by operator, and compiled code has no operators to count.
+        can_track = not settings.use_compile or self.device.type == "cuda"
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.model.train()
+        begin = time.perf_counter()
+        clock.mark()
+        for tokens, targets in self.batches(clock):
+            self.step += 1
+            tracked = can_track and 1 < self.step <= 1 + settings.tracked_steps and self.seed == self.plan.seeds[0]
+            with self.tracker.step(self.step) if tracked else nullcontext():
+                found.append(self.training_step(tokens, targets))
+            clock.mark()
+            if self.stop.signal is not None or self.step == settings.max_steps:
+                break
+        laps = clock.read()
+        wall_s = time.perf_counter() - begin
+        self.seconds += wall_s
+        self.epoch += 1
+        epoch = {"learning_rate": rate, "wall_s": wall_s}
+        epoch |= {name: laps[place::3] for place, name in enumerate(("augment_ms", "tokenise_ms", "step_ms"))}
+        self.first_step_ms = self.first_step_ms or sum(laps[:3])
+        self.laps.append(epoch)
+        values = torch.stack(found).tolist()
+        self.log_steps(values, epoch)
+        if not all(math.isfinite(loss) for loss, _, _ in values):
+            raise FloatingPointError(f"the loss is not finite in epoch {self.epoch}; lower --learning_rate")
+        self.stop.check()
+        means = np.mean(values, axis=0).tolist()
+        return dict(zip(("train_loss", "train_accuracy", "decorrelation"), means, strict=True))
+
+    def log_steps(self, values: list[list[float]], epoch: dict[str, Any]) -> None:
+        """Append the epoch's steps to steps.jsonl."""
+        peak = self.tracker.summary().get("training_step", {}).get("peak_allocated_gib")
+        first, batch = self.step - len(values), self.plan.batch_size
+        rows = []
+        for place, (loss, accuracy, term) in enumerate(values):
+            number = first + place + 1
+            if number % self.settings.log_every and number > 1:
+                continue
+            step_ms = epoch["step_ms"][place]
+            rows.append(
+                {
+                    "seed": self.seed,
+                    "step": number,
+                    "epoch": self.epoch,
+                    "images": number * batch,
+                    "loss": loss if math.isfinite(loss) else None,
+                    "accuracy": accuracy,
+                    "decorrelation": term if self.plan.decatt_weight and math.isfinite(term) else None,
+                    "step_ms": round(step_ms, 4),
+                    "augment_ms": round(epoch["augment_ms"][place], 4),
+                    "tokenise_ms": round(epoch["tokenise_ms"][place], 4),
+                    "images_per_s": round(1000 * batch / step_ms, 1),
+                    "mfu": self.mfu(1000 * batch / step_ms),
+                    "peak_gib": peak,
+                }
+            )
+        self.run.log_steps(rows)
+
+    def mfu(self, images_per_s: float) -> float | None:
+        peak = utils.peak_tflops(utils.device_name(self.device), self.plan.precision)
+        value = utils.model_flops_utilisation(images_per_s, flops_per_image(self.model), peak)
+        return None if value is None else round(value, 4)
+
+    def fit(self, bar: tqdm) -> None:
+        """Train and validate until the epochs are done; keeps the best weights."""
+        begin = time.perf_counter()
+        torch.manual_seed(self.seed)  # of dropout, whatever looked at the model before
+        for _ in range(self.plan.epochs):
+            row = {"seed": self.seed, "epoch": self.epoch + 1, **self.train_epoch(), "step": self.step}
+            last = self.epoch == self.plan.epochs or self.step == self.settings.max_steps
+            if last or self.epoch % self.settings.evaluate_every == 0:
+                clock = time.perf_counter()
+                validation = self.evaluate("validation")
+                self.evaluation_s += time.perf_counter() - clock
+                row |= {f"validation_{name}": value for name, value in validation.items()}
+                better = (validation["accuracy"], -validation["loss"]) > (self.best.accuracy, -self.best.loss)
+                if better:
+                    weights = {name: value.clone() for name, value in self.evaluated.state_dict().items()}
+                    self.best = Best(validation["accuracy"], validation["loss"], self.epoch, weights)
+                bar.set_postfix(loss=f"{row['train_loss']:.3f}", validation=f"{100 * validation['accuracy']:.2f} %")
+            self.log_epoch(row)
+            bar.update()
+            if self.step == self.settings.max_steps:
+                break
+        self.total_s = time.perf_counter() - begin
+
+    def log_epoch(self, row: dict[str, Any]) -> None:
+        """Append a line to epochs.jsonl: loss, accuracies, DeCAtt's term, and the parts of the time in seconds."""
+        lap = self.laps[-1]
+        if not self.plan.decatt_weight:
+            row["decorrelation"] = None
+        seconds = {f"{name}_s": round(sum(lap[f"{name}_ms"]) / 1000, 6) for name in ("augment", "tokenise", "step")}
+        row |= {"learning_rate": lap["learning_rate"], **seconds, "wall_s": round(lap["wall_s"], 6)}
+        self.run.append("epochs.jsonl", [row])
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    @property
+    def evaluated(self) -> ViT:
+        """The model whose accuracy counts: the averaged one if there is one."""
+        return self.average or self.model
+
+    @torch.no_grad()
+    def evaluate(self, name: str, model: ViT | None = None) -> dict[str, float]:
+        """Accuracy and cross-entropy over every image of a split, in evaluation mode and never compiled."""
+        model = self.evaluated if model is None else model
+        split, was_training = self.data.splits[name], model.training
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        model.eval()
+        for place in range(0, len(split), 2 * self.plan.batch_size):
+            part = slice(place, place + 2 * self.plan.batch_size)
+            tokens = self.tokens_of(split.images[part], place)
+            with autocast(self.plan.precision, self.device):
+                logits = model(tokens.patches, tokens.centres)
+            labels = split.labels[part]
+            right += (logits.argmax(1) == labels).sum()
+            loss += F.cross_entropy(logits, labels, reduction="sum").double()
+        model.train(was_training)
+        self.stop.check()
+        return {"accuracy": right.item() / len(split), "loss": loss.item() / len(split)}
+
+    @torch.no_grad()
+    def correlation(self, model: ViT) -> dict[str, Any] | None:
+        """Correlation of the heads of each layer over images of validation; None for one head.
+
+        Returns:
+            `squares`: DeCAtt's term of each layer. `magnitudes`: the mean |C| over pairs of each layer. `matrices`: the
+            mean |C| of each pair, (layers, heads, heads).
+        """
+        heads = self.plan.model.num_heads
+        if heads < 2:
+            return None
+        model.eval()
+        tokens = self.tokens_of(self.data.splits["validation"].images[:CORRELATED_IMAGES])
+        with autocast(self.plan.precision, self.device):
+            outputs = head_outputs(model, tokens.patches, tokens.centres)
+        pairs = ~torch.eye(heads, dtype=torch.bool, device=self.device)
+        found = [head_correlation(output) for output in outputs]  # each (images, heads, heads)
+        model.train()
+        return {
+            "images": len(tokens.patches),
+            "squares": [round(c.square()[:, pairs].mean().item(), 6) for c in found],
+            "magnitudes": [round(c.abs()[:, pairs].mean().item(), 6) for c in found],
+            "matrices": [c.abs().mean(0).cpu().numpy().round(4).tolist() for c in found],
+        }
+
+    def without_heads(self, correlation: dict[str, Any]) -> dict[str, float]:
+        """Test accuracy after one head of every layer is cut out: the most correlated one, and one drawn by seed."""
+        draw, found = np.random.default_rng(self.seed), {}
+        for name in ("redundant", "random"):
+            model = copy.deepcopy(self.evaluated)
+            for layer, matrix in zip(attention_layers(model), correlation["matrices"], strict=True):
+                most = int(np.argmax(np.sum(matrix, axis=1)))
+                remove_heads(layer, [most if name == "redundant" else int(draw.integers(len(matrix)))])
+            found[f"test_accuracy_without_a_{name}_head"] = self.evaluate("test", model)["accuracy"]
+        return found
+
+    def results(self) -> dict[str, Any]:
+        """Everything that this seed is to be judged by; test is evaluated here, once, with the best weights."""
+        self.evaluated.load_state_dict(self.best.weights)
+        test = self.evaluate("test")
+        correlation = self.correlation(self.evaluated)
+        more = {} if correlation is None else self.without_heads(correlation)
+        return {
+            "seed": self.seed,
+            "epochs": self.epoch,
+            "steps": self.step,
+            "best_epoch": self.best.epoch,
+            "validation_accuracy": self.best.accuracy,
+            "validation_loss": self.best.loss,
+            "test_accuracy": test["accuracy"],
+            "test_loss": test["loss"],
+            "test_images": len(self.data.splits["test"]),
+            **more,
+            **self.times(),
+            **self.memory(),
+            "parameters": count_parameters(self.model),
+            "head_correlation_at_start": self.at_start,
+            "head_correlation": correlation,
+        }
+
+    def times(self) -> dict[str, Any]:
+        """Step times without the first epoch, which warms up; of a single epoch without its first steps."""
+        parts = ("step_ms", "augment_ms", "tokenise_ms")
+        if len(self.laps) > 1:
+            timed = {name: [ms for lap in self.laps[1:] for ms in lap[name]] for name in parts}
+        else:
+            warm = max(5, len(self.laps[0]["step_ms"]) // 10)
+            timed = {name: self.laps[0][name][warm:] for name in parts}
+        # step_times knows tokens: a step has batch_size images, and an image flops_per_image
+        batch, flops = self.plan.batch_size, flops_per_image(self.model)
+        found = step_times(timed["step_ms"], timed["augment_ms"], self.first_step_ms, batch, flops)
+        found["images_per_s"], found["flops_per_image"] = found.pop("tokens_per_s"), found.pop("flops_per_token")
+        found["augment_ms_median"] = found.pop("data_ms_median")
+        middle = utils.percentile(timed["tokenise_ms"], 50)
+        peak = utils.peak_tflops(utils.device_name(self.device), self.plan.precision)
+        return found | {
+            "tokenise_ms_median": None if middle is None else round(middle, 4),
+            "mfu": None if found["images_per_s"] is None else self.mfu(found["images_per_s"]),
+            "mfu_denominator_tflops": peak,
+            "training_minutes": round(self.seconds / 60, 4),
+            "evaluation_minutes": round(self.evaluation_s / 60, 4),
+            "total_minutes": round(self.total_s / 60, 4),  # with compiling, validation and logging
+            "scorer_training_s": round(self.scorer_s, 3) if self.scorer is not None else None,
+        }
+
+    def memory(self) -> dict[str, Any]:
+        """Peaks of a step in GiB, and the phase that is the peak; null for a seed that was not tracked."""
+        summary = self.tracker.summary()
+        step = summary.get("training_step", {})
+        phases = {name: row["peak_allocated_gib"] for name, row in summary.items() if name != "training_step"}
+        return {
+            "tracked_steps": len({row["step"] for row in self.tracker.rows}),
+            "peak_allocated_gib": step.get("peak_allocated_gib"),
+            "peak_reserved_gib": step.get("peak_reserved_gib") or None,
+            "peak_phase": max(phases, key=phases.get, default=None),
+        }
+
+    @torch.no_grad()
+    def write_mosaics(self) -> None:
+        """mosaics.npz, for mixed tokens: test images, what their tokens show, and the tokens' sizes and centres."""
+        if self.plan.tree is None:
+            return
+        split = self.data.splits["test"]
+        images = split.images[:SHOWN_IMAGES]
+        plain = resize(images.float() / 255, self.plan.image_size)
+        tokens = self.tokens_of(images)
+        importances = (
+            None
+            if self.plan.scorer == "random"
+            else scores(
+                resize(normalise(images, self.data.mean, self.data.deviation), self.plan.image_size),
+                self.plan.tree,
+                self.plan.scorer,
+                network=self.scorer,
+            )
+        )
+        if importances is None:
+            importances = self.random_importances(len(images), torch.Generator(self.device).manual_seed(0))
+        shown = tokenize(plain, self.plan.tree, importances)
+        painted = torch.stack([mosaic(image, shown.of_image(place)) for place, image in enumerate(plain)])
+
+        def as_bytes(values: torch.Tensor) -> np.ndarray:
+            return (255 * values).round().clamp(0, 255).byte().cpu().numpy()
+
+        names = self.data.class_names
+        np.savez_compressed(
+            self.run.path / "mosaics.npz",
+            images=as_bytes(plain),
+            mosaics=as_bytes(painted),
+            sizes=tokens.sizes.cpu().numpy(),
+            centres=tokens.centres.cpu().numpy(),
+            classes=np.array([names[label] for label in split.labels[:SHOWN_IMAGES].tolist()]),
+            min_patch=self.plan.tree.min_patch,
+        )
+
+
+def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds, the spread (largest - smallest) of the accuracies, and `seeds` with each by itself."""
+
+    def values(name: str) -> list[float]:
+        return [result[name] for result in found if result.get(name) is not None]
+
+    def mean(name: str) -> float | None:
+        return float(np.mean(values(name))) if values(name) else None
+
+    accuracies = ("validation_accuracy", "test_accuracy")
+    more = ("test_accuracy_without_a_redundant_head", "test_accuracy_without_a_random_head")
+    means = ("training_minutes", "evaluation_minutes", "total_minutes", "step_ms_median", "images_per_s")
+    means += ("augment_ms_median", "tokenise_ms_median", "mfu")
+    results = {"seed_count": len(found), "parameters": found[0]["parameters"]}
+    results |= {name: mean(name) for name in (*accuracies, *more, *means)}
+    results |= {f"{name}_spread": max(values(name)) - min(values(name)) for name in accuracies}
+    memory = ("tracked_steps", "peak_allocated_gib", "peak_reserved_gib", "peak_phase")
+    results |= {name: found[0][name] for name in memory}
+    for name in ("head_correlation_at_start", "head_correlation"):
+        rows = [result[name] for result in found if result[name] is not None]
+        for key in ("squares", "magnitudes"):
+            results[f"{name}_{key}"] = float(np.mean([row[key] for row in rows])) if rows else None
+    return results | {"seeds": found}
