@@ -20,6 +20,7 @@ decatt: that model with DeCAtt's term in no, some and all layers: what a step co
 tokens: a step at several numbers of tokens, and the mixed-resolution tokeniser alone. `part_of_step` is its time as a
 part of itself and the step together; the goal is at most 10 %.
 
+On a GPU compiled steps are timed twice: launched, and recorded as a CUDA graph, which is free of the host's launches.
 Peaks are those of one variant: what other variants keep on the device is left out.
 
 When it does not help: times of another GPU do not follow from these, and in a training run augmentation comes on top.
@@ -40,6 +41,8 @@ from torch import nn
 
 from attention import KernelObserver, prepare_for_compile
 from attention_support import BACKENDS, FULL, choose_backend, unsupported_reason
+from cuda_graphs import RecordedStep, make_recordable
+from cuda_graphs import unsupported_reason as cuda_graphs_refusal
 from mixed_resolution import SCORERS, ScorerNetwork, cut, quadtree, resize, scores, tokenize, valid_counts
 from optimizers import make_optimizer
 from precision import AUTOCAST_DTYPES, autocast, set_precision
@@ -49,6 +52,7 @@ from vit import MODEL_SIZES, ViT, ViTConfig, vit_config
 
 QUESTIONS = {"peer": "peer", "kernels": "kernels", "decatt": "decatt_step", "tokens": "tokens"}  # -> folder
 IMAGE_SIZE, PATCH_SIZE, NUM_CLASSES, DECATT_WEIGHT = 32, 4, 10, 10.0
+RECORDED = ", recorded"  # in the name of a row
 GOAL = 0.1  # the tokeniser's part of a step
 PEER_SIZES = {
     "anchor": {"num_layers": 6, "embedding_dim": 384, "num_heads": 6, "mlp_dim": 768},
@@ -70,6 +74,7 @@ class Settings:
     backends: str | None = setting(None, f"kernels of peer and kernels, some of {', '.join(BACKENDS)} (default: eager "
                                          "and the fused ones for few tokens; what cannot run here is noted)")
     use_compile: bool | None = setting(None, "compiled variants (default: with a GPU)")
+    use_cuda_graphs: bool | None = setting(None, "compiled variants once more as CUDA graphs (default: with a GPU)")
     token_counts: str = setting("34,36,37,49,64", "patches of an image, rising, for the question tokens")
     rounds: int = setting(5, "measurements of each variant, in turn")
     repeats: int | None = setting(None, "timed steps of a measurement (default: 10, without a GPU 2)")
@@ -184,11 +189,21 @@ def copy_weights(model: ViT, state: dict[str, torch.Tensor]) -> None:
 class Trial:
     """A model with its optimizer and a batch; `step` trains on it once."""
 
-    def __init__(self, model: nn.Module, precision: str, device: torch.device, batch: tuple[torch.Tensor, ...]):
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: str,
+        device: torch.device,
+        batch: tuple[torch.Tensor, ...],
+        recordable: bool = False,
+    ):
         self.module, self.precision, self.device, self.batch = model.to(device), precision, device, batch
         self.called: Callable[..., Any] = self.module
         options = {"learning_rate": 1e-4, "weight_decay": 0.0, "device": device}
         self.optimizer = make_optimizer("adamw", model.parameters(), **options)
+        if recordable:
+            make_recordable(self.optimizer)
+        self.recorded: RecordedStep | None = None
         model.register_buffer("batch_inputs", batch[0], persistent=False)  # so that the tracker sees them without a GPU
         model.register_buffer("batch_labels", batch[1], persistent=False)
 
@@ -221,10 +236,21 @@ class Trial:
             loss = F.cross_entropy(logits, self.batch[1])
         return loss if term is None else loss + DECATT_WEIGHT * term, logits
 
-    def step(self) -> None:
-        self.loss()[0].backward()
+    def launch(self) -> torch.Tensor:
+        """A training step, kernel by kernel."""
+        loss = self.loss()[0]
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def record(self) -> None:
+        """Make every later step the replay of a CUDA graph."""
+        self.recorded = RecordedStep(self.launch)
+        self.step()
+
+    def step(self) -> None:
+        self.launch() if self.recorded is None else self.recorded()
 
     def kernel(self) -> str:
         """The attention operators that a training step runs, compiled or not."""
@@ -313,7 +339,12 @@ def begin(trial: Trial, compiled: bool) -> tuple[float | None, str, str]:
 def run_variants(
     study: Study, settings: Settings, device: torch.device, variants: list[Variant], base: str, gate: Gate | None = None
 ) -> list[dict[str, Any]]:
-    """Start, check and time variants in turn; returns their rows. What fails or is `changed` gets no time."""
+    """Start, check and time variants in turn; returns their rows. What fails or is `changed` gets no time.
+
+    With CUDA graphs the compiled ones are timed twice, launched and recorded; a recorded row has the launched step's
+    peak, because a replay allocates nothing.
+    """
+    recorded = bool(settings.use_cuda_graphs) and any(variant.compiled for variant in variants)
     trials: dict[str, Trial] = {}
     notes, facts, parity, statuses = {}, {}, {}, {}
     for variant in variants:
@@ -323,7 +354,7 @@ def run_variants(
             statuses[name], notes[name] = "unsupported", f"unsupported: {variant.refused}"
             continue
         torch.manual_seed(0)
-        trial = Trial(variant.make(), settings.precision, device, variant.batch)
+        trial = Trial(variant.make(), settings.precision, device, variant.batch, recorded)
         seconds, notes[name], statuses[name] = begin(trial, variant.compiled)
         if statuses[name] == "ok":
             facts[name] = {"compile_s": seconds if variant.compiled else None, "kernel": notes[name]}
@@ -340,23 +371,32 @@ def run_variants(
         gc.collect()
     steps = {name: (trial.step, (trial.module, trial.optimizer)) for name, trial in trials.items()}
     compiled = any(variant.compiled for variant in variants)
-    costs = interleaved(steps, device, rounds=settings.rounds, repeats=settings.repeats, compiled=compiled)
-    rows = []
-    for variant in variants:
-        name, rounds = variant.name, costs.get(variant.name, [])
-        cost = middle(rounds) if rounds else Cost(statuses[name])
-        if cost.peak_gib is not None:  # without what the other variants keep
-            own = trials[name].own_gib()
-            cost = replace(cost, start_gib=round(own, 4), peak_gib=round(cost.peak_gib - cost.start_gib + own, 4))
-        exactness, error = parity[name]
-        against = None if name == base else base
-        study.add(name, cost, exactness=exactness, error=error, baseline=against, note=notes[name])
-        images = len(variant.batch[0])
-        row = study.rows[-1]
-        row |= {"compiled": variant.compiled, "batch_size": images, **facts[name], **variant.facts}
-        row["ms_of_rounds"] = [part.ms for part in rounds]
-        row["images_per_s"] = None if cost.ms is None else round(1000 * images / cost.ms, 1)
-        rows.append(row)
+    options = {"rounds": settings.rounds, "repeats": settings.repeats, "compiled": compiled}
+    rows, peaks = [], {}
+    for word in ("", RECORDED)[: 1 + recorded]:
+        if word:
+            for trial in trials.values():
+                trial.record()
+        costs = interleaved(steps, device, **options)
+        for variant in variants:
+            name, rounds = variant.name, costs.get(variant.name, [])
+            cost = middle(rounds) if rounds else Cost(statuses[name])
+            if cost.peak_gib is not None and not word:  # without what the other variants keep
+                own = trials[name].own_gib()
+                peaks[name] = (round(own, 4), round(cost.peak_gib - cost.start_gib + own, 4))
+            start, peak = peaks.get(name, (None, None))
+            cost = replace(cost, start_gib=start, peak_gib=peak)
+            exactness, error = parity[name]
+            against = None if name == base else base + word
+            options_of_row = {"exactness": exactness, "error": error, "baseline": against, "note": notes[name]}
+            study.add(name + word, cost, **options_of_row)
+            images = len(variant.batch[0])
+            row = study.rows[-1]
+            row |= {"compiled": variant.compiled, "recorded": bool(word), "batch_size": images}
+            row |= facts[name] | variant.facts
+            row["ms_of_rounds"] = [part.ms for part in rounds]
+            row["images_per_s"] = None if cost.ms is None else round(1000 * images / cost.ms, 1)
+            rows.append(row)
     del trials, steps
     free(device)
     return rows
@@ -390,8 +430,10 @@ def default_backend(settings: Settings, device: torch.device, config: ViTConfig)
 
 
 def fastest(rows: list[dict[str, Any]]) -> list[str]:
-    """Backends of the rows that were timed, the fastest first; those of the peer have none."""
-    return [row["backend"] for row in sorted((r for r in rows if r["ms"] and r["backend"]), key=lambda r: r["ms"])]
+    """Backends of the rows that were timed (recorded ones if there are), the fastest first; the peer's have none."""
+    last = rows[-1]["recorded"]
+    timed = [row for row in rows if row["ms"] and row["backend"] and row["recorded"] == last]
+    return [row["backend"] for row in sorted(timed, key=lambda row: row["ms"])]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -466,10 +508,11 @@ def ask_decatt(study: Study, settings: Settings, device: torch.device) -> dict[s
                 variants.append(Variant(f"{start}{count} layers", make, batch, compiled, None, facts))
             rows = run_variants(study, settings, device, variants, variants[0].name)
             for row in rows:
-                times = zip(row["ms_of_rounds"], rows[0]["ms_of_rounds"], strict=False)
+                without = next(other for other in rows if other["recorded"] == row["recorded"])
+                times = zip(row["ms_of_rounds"], without["ms_of_rounds"], strict=False)
                 row["extra_ms_of_rounds"] = [round(a - b, 4) for a, b in times if a is not None and b is not None]
-                known = None not in (row["ms"], rows[0]["ms"])
-                row["extra_ms"] = round(row["ms"] - rows[0]["ms"], 4) if known else None
+                known = None not in (row["ms"], without["ms"])
+                row["extra_ms"] = round(row["ms"] - without["ms"], 4) if known else None
                 row["extra_mib"] = None if row["saved_gib"] is None else round(-1024 * row["saved_gib"], 2)
     return {"model_size": settings.model_size, "decatt_weight": DECATT_WEIGHT}
 
@@ -488,20 +531,26 @@ def ask_tokens(study: Study, settings: Settings, device: torch.device, counts: l
             Variant(f"step, {count} patches{word}", make, (patches, labels), settings.use_compile, None, facts)
         )
     rows = run_variants(study, settings, device, variants, variants[0].name)
-    steps = {row["patches"]: row["ms"] for row in rows}
+    steps = {(row["recorded"], row["patches"]): row["ms"] for row in rows}
 
     size = 2 * IMAGE_SIZE
     possible = [count for count in counts if count in valid_counts(size, 4, 16)]
     calls, facts = {}, {}
-    for count in sorted({*possible[:1], *possible[-1:]}):
-        for scorer in SCORERS:
-            name = f"tokeniser {scorer}, {count} tokens{word}"
-            calls[name] = (make_tokeniser(settings, device, images, scorer, count), ())
-            facts[name] = {"kind": "tokeniser", "scorer": scorer, "patches": count, "image_size": size}
-            calls[name][0]()
+    modes = (False, True) if settings.use_compile and settings.use_cuda_graphs else (False,)
+    for recorded in modes:
+        for count in sorted({*possible[:1], *possible[-1:]}):
+            for scorer in SCORERS:
+                name = f"tokeniser {scorer}, {count} tokens{word}{RECORDED if recorded else ''}"
+                call = make_tokeniser(settings, device, images, scorer, count)
+                calls[name] = (RecordedStep(call) if recorded else call, ())
+                facts[name] = {"kind": "tokeniser", "scorer": scorer, "patches": count, "image_size": size}
+                facts[name] |= {"recorded": recorded, "step_ms": steps[recorded, count]}
+                calls[name][0]()
     options = {"rounds": settings.rounds, "repeats": settings.repeats, "compiled": settings.use_compile}
     for name, rounds in interleaved(calls, device, **options).items():
-        cost, step = middle(rounds), steps[facts[name]["patches"]]
+        cost, step = middle(rounds), facts[name]["step_ms"]
+        if facts[name]["recorded"]:
+            cost = replace(cost, start_gib=None, peak_gib=None)  # a replay allocates nothing
         known = None not in (cost.ms, step)
         part = round(cost.ms / (cost.ms + step), 4) if known else None
         study.add(name, cost, note=f"{part:.1%} of tokeniser and step" if known else "")
@@ -509,7 +558,6 @@ def ask_tokens(study: Study, settings: Settings, device: torch.device, counts: l
         study.rows[-1] |= {
             "ms_of_rounds": [row.ms for row in rounds],
             "images_per_s": None if cost.ms is None else round(1000 * len(images) / cost.ms, 1),
-            "step_ms": step,
             "part_of_step": part,
             "within_goal": part <= GOAL if known else None,
         }
@@ -519,7 +567,7 @@ def ask_tokens(study: Study, settings: Settings, device: torch.device, counts: l
 
 def make_tokeniser(
     settings: Settings, device: torch.device, images: torch.Tensor, scorer: str, count: int
-) -> Callable[[], None]:
+) -> Callable[[], torch.Tensor]:
     """What vit_fit.py does with a batch: enlarge, score, cut; random numbers are drawn outside of compiled code."""
     tree = quadtree(2 * IMAGE_SIZE, 4, 16, count)
     network = ScorerNetwork(NUM_CLASSES).to(device).eval() if scorer == "trained" else None
@@ -532,11 +580,10 @@ def make_tokeniser(
         return tokenize(images, tree, importances)
 
     called = torch.compile(cut_tokens, dynamic=False, fullgraph=True) if settings.use_compile else cut_tokens
-    generator = torch.Generator(device).manual_seed(0)
 
-    def call() -> None:
-        drawn = [torch.rand(s, generator=generator, device=device) for s in shapes] if scorer == "random" else None
-        called(images, drawn)
+    def call() -> torch.Tensor:
+        drawn = [torch.rand(shape, device=device) for shape in shapes] if scorer == "random" else None
+        return called(images, drawn).patches
 
     return call
 
@@ -551,7 +598,8 @@ def read_settings() -> tuple[Settings, torch.device, list[str], list[str], list[
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     defaults = {"batch_size": (4, 512), "peer_size": ("tiny", "anchor"), "model_size": ("tiny", "small")}
-    defaults |= {"precision": ("fp32", "bf16"), "use_compile": (False, True), "repeats": (2, 10)}
+    defaults |= {"precision": ("fp32", "bf16"), "use_compile": (False, True), "use_cuda_graphs": (False, True)}
+    defaults |= {"repeats": (2, 10)}
     defaults |= {"backends": ("eager,sdpa,short", "eager,sdpa_efficient,sdpa_cudnn,flash_attn,short")}
     for name, values in defaults.items():
         if getattr(settings, name) is None:
@@ -559,6 +607,8 @@ def read_settings() -> tuple[Settings, torch.device, list[str], list[str], list[
     for name in ("batch_size", "rounds", "repeats"):
         if getattr(settings, name) < 1:
             raise SettingsError(f"--{name} must be at least 1, not {getattr(settings, name)}")
+    if settings.use_cuda_graphs and (reason := cuda_graphs_refusal(device)) is not None:
+        raise SettingsError(reason)
     questions, backends = settings.questions.split(","), settings.backends.split(",")
     for name, words, known in (("questions", questions, QUESTIONS), ("backends", backends, BACKENDS)):
         if not set(words) <= set(known) or len(set(words)) < len(words):

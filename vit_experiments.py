@@ -39,7 +39,11 @@ GRIDS = {36: 24, 49: 28, 64: 32}  # tokens: side of the image that is cut into p
 def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> list[Case]:
     """Every case of a study in order; `common` are the flags given by hand."""
     cases: list[Case] = []
-    base: dict[str, Any] = {"epochs": EPOCHS, "use_compile": "true", "seeds": SEEDS, "log_every": 50} if gpu else LAPTOP
+    base: dict[str, Any] = (
+        {"epochs": EPOCHS, "use_compile": "true", "use_cuda_graphs": "true", "seeds": SEEDS, "log_every": 50}
+        if gpu
+        else LAPTOP
+    )
     base = {"seeds": SEEDS} | base
     kernels, trees = ("use_flash_attention", "attention_backend"), ("min_patch", "max_patch", "scorer", "scorer_epochs")
     techniques = (*kernels, *trees, "decatt_weight", "decatt_layers", "tokens", "num_tokens")

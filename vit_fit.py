@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import utils
 from attention import prepare_for_compile
+from cuda_graphs import RecordedStep, make_recordable
 from decatt import head_correlation
 from head_pruning import attention_layers, remove_heads
 from image_augmentation import augment, draw_mixing, draw_numbers, normalise
@@ -82,6 +83,8 @@ class Training:
             weight_decay=settings.weight_decay,
             device=self.device,
         )
+        if plan.use_cuda_graphs:
+            make_recordable(self.optimizer)
         self.scaler = make_scaler(plan.precision, self.device)
         shape = {"warm_up_steps": plan.warm_up_epochs * self.steps_per_epoch, "cosine": settings.schedule == "cosine"}
         self.scheduler = LambdaLR(
@@ -101,8 +104,8 @@ class Training:
         """The functions of a step as the settings want them."""
         fixed = {"augmentation": self.plan.augmentation, "num_classes": self.plan.model.num_classes}
         self.augment = partial(augment, mean=self.data.mean, deviation=self.data.deviation, **fixed)
-        self.forward, self.cut = self.model, self.cut_tokens
-        if self.settings.use_compile:
+        self.forward, self.cut, self.recorded = self.model, self.cut_tokens, RecordedStep(self.update)
+        if self.plan.use_compile:
             prepare_for_compile()
             compiled = partial(torch.compile, dynamic=False, fullgraph=True)
             self.forward, self.augment, self.cut = compiled(self.model), compiled(self.augment), compiled(self.cut)
@@ -127,6 +130,14 @@ class Training:
         return network, time.perf_counter() - begin
 
     # -- batches -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tracks(self) -> bool:
+        """Whether memory is tracked: of the first seed, and without a GPU not of compiled code.
+
+        There live tensors are counted operator by operator, and compiled code has no operators to count.
+        """
+        return self.seed == self.plan.seeds[0] and (not self.plan.use_compile or self.device.type == "cuda")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -175,33 +186,44 @@ class Training:
     # -- training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, tokens: Tokens, targets: torch.Tensor) -> torch.Tensor:
-        """One optimizer step.
+        """One optimizer step, and the learning rate and the averaged weights after it; returns what `update` does.
+
+        With CUDA graphs the first steps, among them those whose memory is tracked, are launched kernel by kernel.
+        """
+        launched = 1 + (self.settings.tracked_steps if self.tracks else 0)
+        recorded = self.plan.use_cuda_graphs and self.step > launched
+        with self.tracker.phase("training_step"):
+            update = self.recorded if recorded else self.update
+            values = update(tokens.patches, tokens.centres, targets)
+            self.scheduler.step()
+            self.update_average()
+        return values
+
+    def update(self, patches: torch.Tensor, centres: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Forward, loss, backward and the optimizer; nothing in it waits for the GPU or differs from step to step.
 
         Returns:
-            (3,) on the device, so that nobody has to wait for the GPU: cross-entropy, accuracy (with mixed images: of
-            the larger part), DeCAtt's term (0 without).
+            (3,) on the device: cross-entropy, accuracy (with mixed images: of the larger part), DeCAtt's term (0
+            without).
         """
         tracker, settings = self.tracker, self.settings
-        with tracker.phase("training_step"):
-            with tracker.phase("forward_pass"), autocast(self.plan.precision, self.device):
-                result = self.forward(tokens.patches, tokens.centres)
-            with tracker.phase("loss"):
-                logits, term = result if isinstance(result, tuple) else (result, None)
-                loss = F.cross_entropy(logits, targets)
-                total = loss if term is None else loss + self.plan.decatt_weight * term
-                right = (logits.argmax(1) == targets.argmax(1)).float().mean()
-            del result, logits
-            with tracker.phase("backward_pass"):
-                self.scaler.scale(total).backward()
-            with tracker.phase("optimizer_step"):
-                if settings.gradient_clip:
-                    self.scaler.unscale_(self.optimizer)
-                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                self.optimizer.zero_grad(set_to_none=True)
-                self.scheduler.step()
-                self.update_average()
+        with tracker.phase("forward_pass"), autocast(self.plan.precision, self.device):
+            result = self.forward(patches, centres)
+        with tracker.phase("loss"):
+            logits, term = result if isinstance(result, tuple) else (result, None)
+            loss = F.cross_entropy(logits, targets)
+            total = loss if term is None else loss + self.plan.decatt_weight * term
+            right = (logits.argmax(1) == targets.argmax(1)).float().mean()
+        del result, logits
+        with tracker.phase("backward_pass"):
+            self.scaler.scale(total).backward()
+        with tracker.phase("optimizer_step"):
+            if settings.gradient_clip:
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
         term = torch.zeros_like(right) if term is None else term.detach()
         return torch.stack([loss.detach(), right, term])
 
@@ -222,15 +244,13 @@ class Training:
             Interrupted: Ctrl-C or SIGTERM.
         """
         settings, clock, found = self.settings, LapClock(self.device), []
-        # Without a GPU live tensors are counted operator by operator, and compiled code has no operators to count.
-        can_track = not settings.use_compile or self.device.type == "cuda"
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = float(self.optimizer.param_groups[0]["lr"])
         self.model.train()
         begin = time.perf_counter()
         clock.mark()
         for tokens, targets in self.batches(clock):
             self.step += 1
-            tracked = can_track and 1 < self.step <= 1 + settings.tracked_steps and self.seed == self.plan.seeds[0]
+            tracked = self.tracks and 1 < self.step <= 1 + settings.tracked_steps
             with self.tracker.step(self.step) if tracked else nullcontext():
                 found.append(self.training_step(tokens, targets))
             clock.mark()
@@ -411,7 +431,7 @@ class Training:
         if len(self.laps) > 1:
             timed = {name: [ms for lap in self.laps[1:] for ms in lap[name]] for name in parts}
         else:
-            warm = max(5, len(self.laps[0]["step_ms"]) // 10)
+            warm = max(5, 2 + self.settings.tracked_steps, len(self.laps[0]["step_ms"]) // 10)
             timed = {name: self.laps[0][name][warm:] for name in parts}
         # step_times knows tokens: a step has batch_size images, and an image flops_per_image
         batch, flops = self.plan.batch_size, flops_per_image(self.model)

@@ -12,6 +12,7 @@ import torch
 
 import checkpointing
 from attention_support import FULL, choose_backend, choose_flash_backend, unsupported_reason
+from cuda_graphs import unsupported_reason as cuda_graphs_refusal
 from image_augmentation import Augmentation
 from image_formats import ImageSet
 from mixed_resolution import SCORERS, STRIDE, Quadtree, quadtree
@@ -56,6 +57,8 @@ class Plan:
     learning_rate: float
     warm_up_epochs: float
     decatt_weight: float
+    use_compile: bool
+    use_cuda_graphs: bool
     seeds: list[int]
     notes: list[str]
 
@@ -139,6 +142,12 @@ def make_plan(settings: Any, images: ImageSet) -> Plan:
     )
     if reason is not None:
         raise SettingsError(f"--gradient_checkpointing: {reason}")
+    if settings.use_cuda_graphs:
+        reason = cuda_graphs_refusal(device, precision)
+        if reason is None and config.gradient_checkpointing != "none" and not settings.use_compile:
+            reason = "the random state that checkpointing keeps cannot be recorded; add --use_compile true"
+        if reason is not None:
+            raise SettingsError(f"--use_cuda_graphs true: {reason}")
     if settings.checkpoint_every is not None and config.gradient_checkpointing != "every_k":
         raise SettingsError("--checkpoint_every has no effect without --gradient_checkpointing every_k")
     if config.checkpoint_every < 2:
@@ -161,6 +170,8 @@ def make_plan(settings: Any, images: ImageSet) -> Plan:
         learning_rate=recipe["learning_rate"],
         warm_up_epochs=recipe["warm_up_epochs"],
         decatt_weight=weight,
+        use_compile=bool(settings.use_compile),
+        use_cuda_graphs=bool(settings.use_cuda_graphs),
         seeds=read_seeds(settings.seeds or "0"),
         notes=notes,
     )
@@ -260,7 +271,8 @@ def choose_precision_and_kernel(settings: Any, config: ViTConfig, device: torch.
 def default_run_name(settings: Any, plan: Plan, data: str) -> str:
     """Named after the data and the techniques, such as cifar10-small-bf16-flash_attn-mixed-49-decatt-10."""
     parts = [data, plan.model_size, plan.precision, plan.model.attention_backend]
-    parts += ["compiled"] if settings.use_compile else []
+    parts += ["compiled"] if plan.use_compile else []
+    parts += ["recorded"] if plan.use_cuda_graphs else []
     if plan.model.gradient_checkpointing != "none":
         parts.append(plan.model.gradient_checkpointing)
     if plan.tree is not None:

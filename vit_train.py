@@ -15,6 +15,7 @@ outputs/<experiment>/<run_name>/; the last line printed is one JSON object with 
 cutting tokens and of the training step stand apart, on one clock.
 """
 
+import gc
 import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -93,7 +94,8 @@ class Settings:
     scorer: str | None = setting(None, "mixed: what decides which patch is split (default: pixel_blur)", SCORERS)
     scorer_epochs: int | None = setting(None, "mixed, trained: epochs of the scorer's own training (default: 2)")
     precision: str | None = setting(None, "default: bf16 where the GPU has it, else fp32", PRECISIONS)
-    use_compile: bool = setting(False, "torch.compile the model, the augmentation and the tokeniser")
+    use_compile: bool | None = setting(None, "torch.compile model, augmentation, tokeniser (false; studies, GPU: true)")
+    use_cuda_graphs: bool | None = setting(None, "record a step as a CUDA graph and replay it (as use_compile)")
     gradient_checkpointing: str | None = setting(None, "what is computed again in the backward pass (none)", METHODS)
     checkpoint_every: int | None = setting(None, "every_k: each so many blocks (default: 2)")
 
@@ -182,7 +184,8 @@ def train_seeds(settings: Settings, plan: Plan, data: ImageData, run: RunFolder,
         results = summarise(found)
         run.update(results=results)
         report(training, found[-1])
-        del training  # its weights and states, before those of the next seed are made
+        del training
+        gc.collect()  # its weights, states and recorded step, before those of the next seed are made
     return results
 
 

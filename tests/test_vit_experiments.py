@@ -82,6 +82,9 @@ def one_thread(monkeypatch):
 # --- Cases ------------------------------------------------------------------------------------------------------------
 
 
+ON_CPU = ("--device=cpu", "--use_cuda_graphs=false")  # to plan a GPU's cases here
+
+
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_case_has_flags_that_the_script_takes_and_a_name_of_its_own(name, gpu, tmp_path, monkeypatch):
@@ -95,7 +98,8 @@ def test_every_case_has_flags_that_the_script_takes_and_a_name_of_its_own(name, 
         settings = parse_settings(Settings, words, sections=SECTIONS)
         assert settings.data_path == "mine.npz" and settings.run_name == case.name and settings.figures is False
         assert settings.cache_folder == "x" and settings.experiment == name
-        settings.device = "cpu"
+        assert settings.use_compile == settings.use_cuda_graphs == (True if gpu else None)
+        settings.device, settings.use_cuda_graphs = "cpu", None
         plan = make_plan(settings, images)
         assert plan.seeds == [0, 1, 2]
 
@@ -133,7 +137,7 @@ def test_the_ablation_has_one_token_count_and_its_sizes():
     images, found = sample_images(20, 10), {}
     for case in make_cases("ablation", Settings(), True, {}):
         words = [f"--{name}={value}" for name, value in case.flags.items()]
-        settings = parse_settings(Settings, [*words, "--device=cpu", "--model_size=small"], sections=SECTIONS)
+        settings = parse_settings(Settings, [*words, *ON_CPU, "--model_size=small"], sections=SECTIONS)
         found[case.name] = make_plan(settings, images)
     assert {(p.model.num_tokens, p.model.patch_values, p.precision, p.batch_size) for p in found.values()} == {
         (64, 48, "fp32", 100)
@@ -149,7 +153,7 @@ def test_the_study_of_tokens():
     counts = {}
     for name, own in flags.items():
         words = [f"--{flag}={value}" for flag, value in own.items()]
-        plan = make_plan(parse_settings(Settings, [*words, "--device=cpu"], sections=SECTIONS), images)
+        plan = make_plan(parse_settings(Settings, [*words, *ON_CPU], sections=SECTIONS), images)
         counts[name] = (plan.model.num_tokens, plan.scorer)
         assert plan.model.patch_values == 48 and plan.model.positions == "centres"
     assert counts == {

@@ -426,8 +426,8 @@ TRAINED = {  # read by the training itself
     "average_decay": {"average_decay": 0.5}, "tracked_steps": {"tracked_steps": 2},
 }  # fmt: skip
 ELSEWHERE = {  # tested with files, on a GPU, with studies, or by a test of their own above and below
-    "dataset", "data_path", "download", "source_size", "cache_folder", "scorer_epochs", "use_compile", "figures",
-    "device", "output_folder", "experiment", "run_name", "config", "gpus", "only",
+    "dataset", "data_path", "download", "source_size", "cache_folder", "scorer_epochs", "use_compile",
+    "use_cuda_graphs", "figures", "device", "output_folder", "experiment", "run_name", "config", "gpus", "only",
 }  # fmt: skip
 
 
@@ -616,6 +616,7 @@ WRONG = [
     ({"decatt_weight": 1, "num_heads": 1}, "--decatt_weight needs at least two heads"),
     ({"use_flash_attention": "true", "attention_backend": "sdpa"}, "exclude each other; give one of them"),
     ({"attention_backend": "flash_attn"}, "--attention_backend flash_attn cannot run here"),
+    ({"use_cuda_graphs": "true", "device": "cpu"}, "CUDA graphs need an NVIDIA GPU; leave --use_cuda_graphs out"),
     ({"use_compile": "true", "attention_backend": "flex"}, "which --use_compile true cannot follow"),
     ({"gradient_checkpointing": "offload"}, "offload needs a GPU"),
     ({"gradient_checkpointing": "selective", "attention_backend": "eager"}, "keeps the output of a fused attention"),
@@ -764,6 +765,22 @@ def test_gpu_compiled_trains_like_eager(tmp_path, pictures, flags):
         losses[compiled] = done.losses
         assert done.info["precision"] == "bf16" and done.info["results"]["peak_allocated_gib"] > 0
     assert len(losses["true"]) == 30 and losses["true"] == pytest.approx(losses["false"], rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize(
+    "flags", [{}, MIXED | {"decatt_weight": 10}, {"average_decay": 0.9, "weight_decay": 0.3}], ids=str
+)
+def test_gpu_recorded_steps_are_the_launched_ones(tmp_path, pictures, flags, compiled):
+    """Over more than one epoch and the schedule, so that each step has its own learning rate."""
+    more = gpu_flags(use_compile=compiled, batch_size=32, epochs=4, warm_up_epochs=1, **flags)
+    launched = run(tmp_path / "launched", pictures, **more)
+    recorded = run(tmp_path / "recorded", pictures, **more, use_cuda_graphs="true")
+    assert recorded.status == 0, recorded.stderr
+    assert recorded.losses == pytest.approx(launched.losses, rel=1e-3)
+    for key in ("validation_accuracy", "peak_allocated_gib"):
+        assert recorded.info["results"][key] == pytest.approx(launched.info["results"][key], abs=0.02)
 
 
 @pytest.mark.gpu
