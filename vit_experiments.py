@@ -26,6 +26,7 @@ import case_runner
 from case_runner import Case, given_flags, split_list
 from run_folder import describe_environment
 from utils import SettingsError
+from vit_plan import check_numbers
 
 SEEDS = "0,1,2"
 EPOCHS = 50  # as in the course project
@@ -118,6 +119,7 @@ def run(settings: Any, name: str) -> int:
         raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
     if settings.run_name is not None:
         raise SettingsError(f"--run_name has no effect with --experiment {name}, whose cases are runs; leave it out")
+    check_numbers(settings)
     gpus = split_list(settings.gpus)
     if gpus and not gpu:
         raise SettingsError("--gpus needs NVIDIA GPUs, and there is none here; leave it out")
