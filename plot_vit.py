@@ -95,6 +95,12 @@ def seeds_of(results: dict[str, Any], key: str) -> list[float]:
     return [row[key] for row in results.get("seeds") or [] if row.get(key) is not None]
 
 
+def steady_minutes(results: dict[str, Any]) -> list[float]:
+    """Minutes of training of each seed without its first step, in which the first seed compiles."""
+    rows = results.get("seeds") or []
+    return [row["training_minutes"] - (row.get("first_step_ms") or 0) / 60000 for row in rows]
+
+
 def study_caption(cases: Sequence[Case]) -> str:
     """Device, precision, batch, data set and the number of seeds of all cases that ran."""
     known = [case for case in cases if case.info]
@@ -170,7 +176,7 @@ def accuracy_figure(folder: Path) -> Figure:
     soft = mixed or augmentation.get("label_smoothing")
     status = run.info.get("status", "unknown")
     title = f"Accuracy and loss: {run.name}" + ("" if status == "ok" else f" (status: {status})")
-    figure = blank_figure(title, caption([run], [len(seeds)], "seeds"))
+    figure = blank_figure(title, caption([run], [len(seeds)], f"seed{'s' * (len(seeds) > 1)}"))
     left, right = (tidy(ax) for ax in figure.subplots(1, 2))
     marker = "." if max(row["epoch"] for row in epochs) <= 30 else None
     results = run.info.get("results") or {}
@@ -234,7 +240,9 @@ def correlation_figure(run: Run) -> Figure | None:
     weight = run.info.get("decatt_weight") or 0
     title = f"Correlation |C| of heads' outputs ({f'DeCAtt, weight {weight:g}' if weight else 'without DeCAtt'})"
     maps_height = 2 * lines * (min(1.3, 9 / columns) + 0.35)
-    figure = blank_figure(f"{title}: {run.name}", caption([run], [seeds], "seeds (mean)"), maps_height + 4.2)
+    figure = blank_figure(
+        f"{title}: {run.name}", caption([run], [seeds], "seeds (mean)" if seeds > 1 else "seed"), maps_height + 4.2
+    )
     grid = figure.add_gridspec(2, 1, height_ratios=[maps_height, 3.2])
     maps = grid[0].subgridspec(2 * lines, columns)
     axes, image = [], None
@@ -409,15 +417,23 @@ def cost_figure(cases: Sequence[Case]) -> Figure:
     )
     control = next((case for case in cases if case.name == CONTROL and case.ok), None)
     columns = (
-        ("training_minutes", "training of a seed (minutes)\nblack line: range of the seeds"),
+        ("training_minutes", "training of a seed (minutes), without\nits first step, which compiles"),
         ("images_per_s", "images/s of a step, without\naugmenting and cutting tokens"),
         ("peak_allocated_gib", "peak of a step (GiB)"),
     )
+
+    def found(case: Case, key: str) -> tuple[float | None, list[float]]:
+        """The mean, and the value of each seed."""
+        if key == "training_minutes":
+            values = steady_minutes(case.results)
+            return (float(np.mean(values)) if values else None), values
+        return case.results.get(key), seeds_of(case.results, key)
+
     for ax, (key, label) in zip(axes, columns, strict=True):
         end = 0.0
-        base = None if control is None else control.results.get(key)
+        base = None if control is None else found(control, key)[0]
         for row, case in enumerate(cases):
-            value = case.results.get(key)
+            value, values = found(case, key)
             if not case.ok:
                 cross(ax, row, case.status)
                 continue
@@ -427,7 +443,6 @@ def cost_figure(cases: Sequence[Case]) -> Figure:
                 )
                 continue
             ax.barh(row, value, 0.7, color=GREY if case.name == CONTROL else BLUE)
-            values = seeds_of(case.results, key)
             if len(values) > 1:
                 ax.plot([min(values), max(values)], [row, row], "|-", color="black", linewidth=1.2, markersize=7)
             at = max([value, *values])
