@@ -27,6 +27,7 @@ from image_augmentation import augment, draw_mixing, draw_numbers, normalise
 from image_dataset import ImageData
 from memory_tracker import MemoryTracker
 from mixed_resolution import Tokens, mosaic, resize, scores, tokenize, train_scorer, uniform_tokens
+from muon import Muon
 from optimizers import make_optimizer
 from precision import autocast, make_scaler
 from run_folder import LapClock, RunFolder, StopRequest, step_times
@@ -55,6 +56,11 @@ def parameter_groups(model: ViT, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
+def hidden_matrices(model: ViT) -> list[torch.nn.Parameter]:
+    """The matrices inside the blocks, which lead from hidden states to hidden states: Muon's."""
+    return [p for p in model.blocks.parameters() if p.dim() == 2]
+
+
 def rate_at(step: int, *, warm_up_steps: float, all_steps: int, cosine: bool) -> float:
     """Learning rate of a step as a part of the highest: a linear rise, then half a cosine down to 0, or constant."""
     if step < warm_up_steps:
@@ -76,13 +82,7 @@ class Training:
         torch.manual_seed(seed)
         self.model = ViT(plan.model).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if settings.average_decay else None
-        self.optimizer = make_optimizer(
-            "adamw",
-            parameter_groups(self.model, settings.weight_decay),
-            learning_rate=plan.learning_rate,
-            weight_decay=settings.weight_decay,
-            device=self.device,
-        )
+        self.optimizer = self.make_optimizer()
         if plan.use_cuda_graphs:
             make_recordable(self.optimizer)
         self.scaler = make_scaler(plan.precision, self.device)
@@ -109,6 +109,18 @@ class Training:
             prepare_for_compile()
             compiled = partial(torch.compile, dynamic=False, fullgraph=True)
             self.forward, self.augment, self.cut = compiled(self.model), compiled(self.augment), compiled(self.cut)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW, or Muon for the matrices of the blocks and AdamW for the rest; on the device."""
+        groups = parameter_groups(self.model, self.settings.weight_decay)
+        options = {"learning_rate": self.plan.learning_rate, "weight_decay": self.settings.weight_decay}
+        if self.settings.optimizer == "adamw":
+            return make_optimizer("adamw", groups, **options, device=self.device)
+        matrices = hidden_matrices(self.model)
+        mine = set(map(id, matrices))
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in mine]
+        return Muon(matrices, groups, **options)
 
     def make_scorer(self) -> tuple[torch.nn.Module, float]:
         """The scorer's network, trained on the same training images, and the seconds that took."""

@@ -23,6 +23,7 @@ from vit import ViTConfig, vit_config
 
 TOKENS = ("uniform", "mixed")
 SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
 MIXED = ("num_tokens", "min_patch", "max_patch", "scorer")
 SHAPE = (
     "num_layers", "embedding_dim", "num_heads", "mlp_dim", "dropout", "attention_dropout", "drop_path", "pool",
@@ -279,6 +280,7 @@ def default_run_name(settings: Any, plan: Plan, data: str) -> str:
         parts += ["mixed", str(plan.tree.num_tokens), plan.scorer]
     elif plan.model.num_tokens != 64:
         parts += ["grid", str(plan.model.num_tokens)]
+    parts += [settings.optimizer] if settings.optimizer != "adamw" else []
     if plan.decatt_weight:
         parts += ["decatt", f"{plan.decatt_weight:g}"]
     return "-".join(parts)

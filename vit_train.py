@@ -35,7 +35,7 @@ from run_folder import Interrupted, RunFolder, StopRequest, check_writable, desc
 from utils import SettingsError, count_parameters, is_out_of_memory, parse_settings, run_script, setting
 from vit import HEADS, INITIALISATIONS, MODEL_SIZES, POOLS, POSITIONS
 from vit_fit import Training, summarise
-from vit_plan import SCHEDULES, TOKENS, Plan, default_run_name, make_plan
+from vit_plan import OPTIMIZERS, SCHEDULES, TOKENS, Plan, default_run_name, make_plan
 
 STUDIES = ("ablation", "tokens", "decatt")
 SECTIONS = ("data", "augmentation", "model", "techniques", "training", "logging")
@@ -103,10 +103,11 @@ class Settings:
     batch_size: int | None = setting(None, "images in a batch (default: 512, sample 100)")
     epochs: int | None = setting(None, "passes over the training images (default: 100, sample 15)")
     max_steps: int | None = setting(None, "stop after this many optimizer steps")
+    optimizer: str = setting("adamw", "muon: for the matrices of the blocks, with AdamW for the rest", OPTIMIZERS)
     learning_rate: float | None = setting(None, "highest learning rate (default: 0.001, sample 0.002)")
     schedule: str = setting("cosine", "of the learning rate after the warm-up", SCHEDULES)
     warm_up_epochs: float | None = setting(None, "epochs in which the rate rises (default: 5, sample 2)")
-    weight_decay: float = setting(0.05, "of AdamW, for matrices; norms, biases, positions have none")
+    weight_decay: float = setting(0.05, "for matrices; norms, biases, positions have none")
     gradient_clip: float = setting(1.0, "largest norm of the gradient; 0 does not clip")
     average_decay: float = setting(0.0, "moving average of the weights, which is evaluated; 0 is off")
     seeds: str | None = setting(None, "weights, order, augmentation: a training each (default: 0; studies 0,1,2)")
@@ -148,7 +149,10 @@ def describe_run(settings: Settings, plan: Plan, data: ImageData, run: RunFolder
         settings=asdict(settings),
         seeds=plan.seeds,
         recipe={name: getattr(plan, name) for name in ("epochs", "learning_rate", "warm_up_epochs")}
-        | {name: getattr(settings, name) for name in ("schedule", "weight_decay", "average_decay", "gradient_clip")}
+        | {
+            name: getattr(settings, name)
+            for name in ("optimizer", "schedule", "weight_decay", "average_decay", "gradient_clip")
+        }
         | {"augmentation": asdict(plan.augmentation)},
         tokens={"kind": plan.tokens, "image_size": plan.image_size, "patch_size": plan.patch_size}
         | {"scorer": plan.scorer, "tree": None if plan.tree is None else asdict(plan.tree)},
