@@ -10,8 +10,10 @@ course project's small model, width 384 with 6 heads its baseline; both have an 
 norm, counts its parameters and never applies it; here it is applied (`--final_norm false` leaves it out).
 
 `scaled` initialisation draws weights with deviation sqrt(2 / (5 width)), 0.046 at width 192, and the two layers of a
-block that write into the residual stream smaller by sqrt(2 layers); `pytorch` is what the layers do by themselves, as
-in the course project.
+block that write into the residual stream smaller by sqrt(2 layers). Patches leave their norm with deviation 1, so the
+class token is drawn with 1, too, and learned positions with 0.71, the root mean square of the waves of `centres`: at
+the usual 0.02 a model has to find out first where its patches are. `pytorch` is what the layers do by themselves, as in
+the course project, with positions of 0.02.
 
 Tokens come from mixed_resolution.py, patches of one size or of many. `learned` positions belong to places in a row and
 need a regular grid; `centres` are fixed waves of each patch's centre and fit both. The residual stream runs in the
@@ -241,9 +243,9 @@ class ViT(nn.Module):
         for block in self.blocks:
             for layer in (block.attention.output, block.contract):
                 layer.weight.div_((2 * self.config.num_layers) ** 0.5)
-        for token in (self.class_token, self.positions):
+        for token, deviation in ((self.class_token, 1.0), (self.positions, 0.5**0.5)):
             if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+                nn.init.normal_(token, std=deviation)
 
     def tokens(self, patches: torch.Tensor, centres: torch.Tensor | None = None) -> torch.Tensor:
         """Patches (and their centres, for `centres` positions) -> what the first block is given.
