@@ -14,7 +14,6 @@ from typing import Any
 
 from plot_patchtst import Case
 from plot_vit import CONTROL, COURSE, read_study, seeds_of, sibling_control, steady_minutes
-from report_techniques import technique_table
 from report_text import ROOT, markdown, place, plain, read_json, shown
 from utils import SettingsError, parse_settings, run_script, setting
 
@@ -215,13 +214,13 @@ def decatt_table(outputs: Path, data: str = "cifar10") -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The long run, and what single files measured
+# The long run, and a step beside another library's
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def goal_table(outputs: Path) -> str:
     """The long runs (outputs/vit/best and best-*) beside the accuracies that they are held against."""
-    command = "python vit_train.py --dataset cifar10 --data_path cifar10.npz --use_compile true --run_name best"
+    command = "python vit_train.py --dataset cifar10 --data_path cifar10.npz --run_name best"
     header = ["model", "parameters", "epochs", "training, minutes", "with compiling and validation"]
     header += ["validation accuracy (seeds)", "test accuracy (seeds)", "test accuracy of each seed"]
     lines = []
@@ -249,15 +248,6 @@ def goal_table(outputs: Path) -> str:
     for name, parameters, epochs, minutes, accuracy in GOALS:
         lines.append([name, parameters, epochs, minutes, "-", "-", accuracy, "-"])
     return "\n\n".join([markdown(header, lines), *missing])
-
-
-def techniques_table(outputs: Path) -> str:
-    """What decatt.py and mixed_resolution.py measured alone."""
-    found = []
-    for name in ("decatt", "mixed_resolution"):
-        there = (outputs / "techniques" / name / "run.json").is_file()
-        found.append(technique_table(outputs, name) if there else not_run(f"`{name}.py` alone", f"python {name}.py"))
-    return "\n\n".join(found)
 
 
 def peer_table(outputs: Path) -> str:
@@ -303,7 +293,6 @@ def vit_tables(outputs: Path) -> dict[str, Callable[[], str]]:
         "vit tokens": lambda: tokens_table(outputs),
         "vit decatt": lambda: decatt_table(outputs),
         "vit goal": lambda: goal_table(outputs),
-        "vit techniques": lambda: techniques_table(outputs),
         "vit peer": lambda: peer_table(outputs),
     }
 

@@ -18,6 +18,10 @@ import patchtst_plan
 import patchtst_train
 import report_comparison
 import time_series_dataset
+import vit_benchmark
+import vit_plan
+import vit_train
+from sample_images import sample_images
 from utils import parse_settings
 
 ROOT = Path(__file__).parent.parent
@@ -256,6 +260,10 @@ def test_every_command_names_a_script_and_flags_that_exist(command):
     if words[place] == "patchtst_train.py" and words[:place] != []:
         settings = parse_settings(patchtst_train.Settings, words[place + 1 :], sections=patchtst_train.SECTIONS)
         patchtst_plan.make_plan(settings)
+    if words[place] == "vit_train.py" and words[:place] != []:
+        settings = parse_settings(vit_train.Settings, words[place + 1 :], sections=vit_train.SECTIONS)
+        if settings.experiment not in vit_train.STUDIES:
+            vit_plan.make_plan(dataclasses.replace(settings, use_cuda_graphs=None), sample_images(20, 10))
     if words[place] == "llm_train.py" and words[:place] != []:
         settings = parse_settings(llm_train.Settings, words[place + 1 :])
         llm_train.make_plan(dataclasses.replace(settings, use_flash_attention=False))
@@ -263,8 +271,12 @@ def test_every_command_names_a_script_and_flags_that_exist(command):
 
 def test_every_flag_in_the_readme_exists():
     scripts = (llm_train, attention_benchmark, compare_techniques, report_comparison, patchtst_train)
-    scripts += (patchtst_benchmark, time_series_dataset)
-    known = {field.name for script in scripts for field in dataclasses.fields(script.Settings)} | {"extra", "help"}
+    scripts += (patchtst_benchmark, time_series_dataset, vit_train, vit_benchmark)
+    known = {field.name for script in scripts for field in dataclasses.fields(script.Settings)} | {
+        "extra",
+        "help",
+        "picture",
+    }
     assert set(re.findall(r"--(\w+)", README)) <= known
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import report_vit
-from report_vit import ablation_table, decatt_table, difference, goal_table, peer_table, techniques_table, tokens_table
+from report_vit import ablation_table, decatt_table, difference, goal_table, peer_table, tokens_table
 from utils import SettingsError
 
 
@@ -48,7 +48,7 @@ def cells(table: str, first: str) -> list[str]:
 def test_nothing_run_is_said_in_every_table(tmp_path):
     tables = report_vit.vit_tables(tmp_path)
     assert list(tables) == [
-        "vit ablation", "vit cifar100", "vit tokens", "vit decatt", "vit goal", "vit techniques", "vit peer"
+        "vit ablation", "vit cifar100", "vit tokens", "vit decatt", "vit goal", "vit peer"
     ]  # fmt: skip
     for name, table in tables.items():
         assert "Not run yet: " in table() and "`python " in table(), name
@@ -150,14 +150,11 @@ def write_results(folder: Path, **results) -> None:
     (folder / "run.json").write_text(json.dumps({"device_name": "a GPU", "results": results}))
 
 
-def test_techniques_and_peer(tmp_path):
+def test_peer(tmp_path):
     rows = [
         technique_row("plain"),
         technique_row("with", baseline="plain", ms=3.0, extra_time=0.5, exactness="bitwise"),
     ]
-    write_results(tmp_path / "techniques" / "decatt", rows=rows, break_even=[])
-    text = techniques_table(tmp_path)
-    assert "`decatt.py` on a GPU:" in text and "+50.0 %" in text and "`python mixed_resolution.py`" in text
     rows += [technique_row("other", status="oom", note="too large")]
     rows[1]["ms_of_rounds"] = [2.8, 3.3, None]
     write_results(tmp_path / "vit" / "peer", rows=rows)
