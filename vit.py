@@ -27,7 +27,10 @@ Data Paradigm with Compact Transformers, arXiv 2104.05704 (patches of 4 on CIFAR
 without Tears, arXiv 1910.05895 (the initialisation).
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,14 +174,16 @@ class DropPath(nn.Module):
 
     def __init__(self, probability: float):
         super().__init__()
-        self.kept = 1 - probability
+        self.drops = probability > 0
+        kept = torch.tensor(1.0 - probability)  # no Python number, or each block would be compiled by itself
+        self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
         """(images, tokens, width) -> the same shape"""
-        if not self.training or self.kept == 1:
+        if not self.training or not self.drops:
             return branch
-        gates = torch.empty(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(self.kept)
-        return branch * (gates / self.kept)
+        gates = torch.rand(branch.shape[0], 1, 1, device=branch.device) < self.kept
+        return branch * (gates / self.kept).to(branch.dtype)
 
 
 class Block(nn.Module):
@@ -265,13 +270,17 @@ class ViT(nn.Module):
         return hidden_states
 
     def features(
-        self, patches: torch.Tensor, centres: torch.Tensor | None = None
+        self,
+        patches: torch.Tensor,
+        centres: torch.Tensor | None = None,
+        tokens: Callable[..., torch.Tensor] | None = None,
+        blocks: Iterable[Callable[..., Any]] | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """What the head reads, (images, width), and the decorrelation terms of the layers that return one."""
         config, terms = self.config, []
         hidden_states = run_blocks(
-            self.blocks,
-            self.tokens(patches, centres),
+            self.blocks if blocks is None else blocks,
+            (tokens or self.tokens)(patches, centres),
             config.gradient_checkpointing,
             every=config.checkpoint_every,
             random=max(config.dropout, config.attention_dropout, config.drop_path) > 0,
@@ -282,21 +291,36 @@ class ViT(nn.Module):
         return self.final_norm(hidden_states).mean(1), terms
 
     def forward(
-        self, patches: torch.Tensor, centres: torch.Tensor | None = None
+        self,
+        patches: torch.Tensor,
+        centres: torch.Tensor | None = None,
+        tokens: Callable[..., torch.Tensor] | None = None,
+        blocks: Iterable[Callable[..., Any]] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Patches to logits.
 
         Args:
             patches: (images, tokens, patch_values), as mixed_resolution.py cuts them.
             centres: (images, tokens, 2) or (tokens, 2), for `centres` positions.
+            tokens, blocks: called in the place of this model's own; see `compiled_by_parts`.
 
         Returns:
             Logits (images, classes), fp32. While it trains with decorrelated layers: (logits, the mean of DeCAtt's
             terms over those layers, a scalar).
         """
-        features, terms = self.features(patches, centres)
+        features, terms = self.features(patches, centres, tokens, blocks)
         logits = self.head(features).float()
         return (logits, torch.stack(terms).mean()) if terms else logits
+
+
+def compiled_by_parts(model: ViT, backend: str = "inductor") -> Callable[..., Any]:
+    """The model's forward pass with its embedding and its blocks compiled one by one.
+
+    Blocks of one kind are compiled once, which takes a part of the time that the whole model takes; nothing is fused
+    across the borders of blocks. Needs `gradient_checkpointing` none.
+    """
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
+    return partial(model, tokens=compiled(model.tokens), blocks=[compiled(block) for block in model.blocks])
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from optimizers import make_optimizer
 from precision import autocast, make_scaler
 from run_folder import LapClock, RunFolder, StopRequest, step_times
 from utils import count_parameters
-from vit import ViT, flops_per_image, head_outputs
+from vit import ViT, compiled_by_parts, flops_per_image, head_outputs
 from vit_plan import Plan
 
 CORRELATED_IMAGES = 1000  # of validation, on which the correlation of heads is measured
@@ -108,7 +108,9 @@ class Training:
         if self.plan.use_compile:
             prepare_for_compile()
             compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-            self.forward, self.augment, self.cut = compiled(self.model), compiled(self.augment), compiled(self.cut)
+            self.augment, self.cut = compiled(self.augment), compiled(self.cut)
+            by_parts = self.settings.compile_scope == "block"
+            self.forward = compiled_by_parts(self.model) if by_parts else compiled(self.model)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW, or Muon for the matrices of the blocks and AdamW for the rest; on the device."""

@@ -24,6 +24,7 @@ from vit import ViTConfig, vit_config
 TOKENS = ("uniform", "mixed")
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
+COMPILE_SCOPES = ("model", "block")
 MIXED = ("num_tokens", "min_patch", "max_patch", "scorer")
 SHAPE = (
     "num_layers", "embedding_dim", "num_heads", "mlp_dim", "dropout", "attention_dropout", "drop_path", "pool",
@@ -32,7 +33,7 @@ SHAPE = (
 
 # Training by data set: what the sample takes on a laptop, and what a real set takes.
 RECIPES: dict[str, dict[str, Any]] = {
-    "sample": {"model_size": "tiny", "batch_size": 100, "epochs": 15, "learning_rate": 2e-3, "warm_up_epochs": 2}
+    "sample": {"model_size": "tiny", "batch_size": 100, "epochs": 22, "learning_rate": 2e-3, "warm_up_epochs": 2}
     | {"augment_operations": 0, "crop_padding": 2, "label_smoothing": 0.0},
     "other": {"model_size": "small", "batch_size": 512, "epochs": 100, "learning_rate": 1e-3, "warm_up_epochs": 5}
     | {"augment_operations": 2, "crop_padding": 4, "label_smoothing": 0.1},
@@ -143,6 +144,10 @@ def make_plan(settings: Any, images: ImageSet) -> Plan:
     )
     if reason is not None:
         raise SettingsError(f"--gradient_checkpointing: {reason}")
+    if settings.compile_scope is not None and not settings.use_compile:
+        raise SettingsError("--compile_scope has no effect without --use_compile true")
+    if settings.compile_scope == "block" and config.gradient_checkpointing != "none":
+        raise SettingsError("--compile_scope block cannot follow --gradient_checkpointing; use --compile_scope model")
     if settings.use_cuda_graphs:
         reason = cuda_graphs_refusal(device, precision)
         if reason is None and config.gradient_checkpointing != "none" and not settings.use_compile:

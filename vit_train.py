@@ -35,7 +35,7 @@ from run_folder import Interrupted, RunFolder, StopRequest, check_writable, desc
 from utils import SettingsError, count_parameters, is_out_of_memory, parse_settings, run_script, setting
 from vit import HEADS, INITIALISATIONS, MODEL_SIZES, POOLS, POSITIONS
 from vit_fit import Training, summarise
-from vit_plan import OPTIMIZERS, SCHEDULES, TOKENS, Plan, default_run_name, make_plan
+from vit_plan import COMPILE_SCOPES, OPTIMIZERS, SCHEDULES, TOKENS, Plan, default_run_name, make_plan
 
 STUDIES = ("ablation", "tokens", "decatt")
 SECTIONS = ("data", "augmentation", "model", "techniques", "training", "logging")
@@ -95,13 +95,14 @@ class Settings:
     scorer_epochs: int | None = setting(None, "mixed, trained: epochs of the scorer's own training (default: 2)")
     precision: str | None = setting(None, "default: bf16 where the GPU has it, else fp32", PRECISIONS)
     use_compile: bool | None = setting(None, "torch.compile model, augmentation, tokeniser (false; studies, GPU: true)")
+    compile_scope: str | None = setting(None, "whole, or one block for all: compiled sooner (model)", COMPILE_SCOPES)
     use_cuda_graphs: bool | None = setting(None, "record a step as a CUDA graph and replay it (as use_compile)")
     gradient_checkpointing: str | None = setting(None, "what is computed again in the backward pass (none)", METHODS)
     checkpoint_every: int | None = setting(None, "every_k: each so many blocks (default: 2)")
 
     # training
     batch_size: int | None = setting(None, "images in a batch (default: 512, sample 100)")
-    epochs: int | None = setting(None, "passes over the training images (default: 100, sample 15)")
+    epochs: int | None = setting(None, "passes over the training images (default: 100, sample 22)")
     max_steps: int | None = setting(None, "stop after this many optimizer steps")
     optimizer: str = setting("adamw", "muon: for the matrices of the blocks, with AdamW for the rest", OPTIMIZERS)
     learning_rate: float | None = setting(None, "highest learning rate (default: 0.001, sample 0.002)")

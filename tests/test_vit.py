@@ -14,7 +14,7 @@ from head_pruning import attention_layers, remove_heads
 from mixed_resolution import centre_positions, uniform_tokens
 from precision import autocast
 from utils import SettingsError, count_parameters
-from vit import DropPath, ViT, flops_per_image, head_outputs, vit_config
+from vit import DropPath, ViT, compiled_by_parts, flops_per_image, head_outputs, vit_config
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SMALL = {
@@ -226,7 +226,7 @@ def test_drop_path():
     assert ones == pytest.approx(1, abs=4 * (0.25 / 0.75 / 20_000) ** 0.5)
     assert drop.eval()(branch) is branch and DropPath(0.0)(branch) is branch
     model = small_model(drop_path=0.3)
-    assert [block.drop_path.kept for block in model.blocks] == pytest.approx([1, 0.85, 0.7])
+    assert [block.drop_path.kept.item() for block in model.blocks] == pytest.approx([1, 0.85, 0.7])
     assert small_model(drop_path=0.3, num_layers=1).blocks[0].drop_path.kept == 1
     patches, centres = small_batch()
     assert not torch.equal(model(patches, centres), model(patches, centres))
@@ -397,6 +397,19 @@ def test_compiled_is_the_same_function(device):
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     expected, found = outcome(model), outcome(model, function=compiled)
     assert len(found) == len(expected) and max(relative(found, expected)) < 1e-4
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_by_parts_is_the_same_function_and_blocks_share_their_code(device):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = small_model(device, num_layers=7, decorrelated_layers=3, positions="centres", drop_path=1e-9)
+    compiled = compiled_by_parts(model, "inductor" if device == "cuda" else "aot_eager")
+    expected, found = outcome(model), outcome(model, function=compiled)
+    assert len(found) == len(expected) and max(relative(found, expected)) < 1e-4
+    # the embedding; blocks with the term and without, the first without drop_path
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     torch.compiler.reset()
 
 

@@ -342,7 +342,7 @@ def test_the_schedule_in_a_run(tmp_path, pictures, schedule):
 def test_recipes(pictures):
     """The sample's, another set's, and what is filled in."""
     sample = make_plan(Settings(device="cpu"), sample_images(20, 10))
-    assert (sample.model_size, sample.batch_size, sample.epochs, sample.learning_rate) == ("tiny", 100, 15, 2e-3)
+    assert (sample.model_size, sample.batch_size, sample.epochs, sample.learning_rate) == ("tiny", 100, 22, 2e-3)
     assert (sample.warm_up_epochs, sample.augmentation.operations, sample.augmentation.crop_padding) == (2, 0, 2)
     other = make_plan(Settings(device="cpu"), load_images(None, str(pictures)))
     assert (other.model_size, other.batch_size, other.epochs, other.learning_rate) == ("small", 512, 100, 1e-3)
@@ -426,7 +426,7 @@ TRAINED = {  # read by the training itself
     "average_decay": {"average_decay": 0.5}, "optimizer": {"optimizer": "muon"}, "tracked_steps": {"tracked_steps": 2},
 }  # fmt: skip
 ELSEWHERE = {  # tested with files, on a GPU, with studies, or by a test of their own above and below
-    "dataset", "data_path", "download", "source_size", "cache_folder", "scorer_epochs", "use_compile",
+    "dataset", "data_path", "download", "source_size", "cache_folder", "scorer_epochs", "use_compile", "compile_scope",
     "use_cuda_graphs", "figures", "device", "output_folder", "experiment", "run_name", "config", "gpus", "only",
 }  # fmt: skip
 
@@ -617,6 +617,8 @@ WRONG = [
     ({"use_flash_attention": "true", "attention_backend": "sdpa"}, "exclude each other; give one of them"),
     ({"attention_backend": "flash_attn"}, "--attention_backend flash_attn cannot run here"),
     ({"use_cuda_graphs": "true", "device": "cpu"}, "CUDA graphs need an NVIDIA GPU; leave --use_cuda_graphs out"),
+    ({"compile_scope": "block"}, "--compile_scope has no effect without --use_compile true"),
+    ({"compile_scope": "block", "use_compile": "true", "gradient_checkpointing": "block"}, "--compile_scope model"),
     ({"use_compile": "true", "attention_backend": "flex"}, "which --use_compile true cannot follow"),
     ({"gradient_checkpointing": "offload"}, "offload needs a GPU"),
     ({"gradient_checkpointing": "selective", "attention_backend": "eager"}, "keeps the output of a fused attention"),
@@ -768,13 +770,14 @@ def test_gpu_compiled_trains_like_eager(tmp_path, pictures, flags):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("scope", [None, "model", "block"])
 @pytest.mark.parametrize(
     "flags", [{}, MIXED | {"decatt_weight": 10}, {"average_decay": 0.9, "optimizer": "muon"}], ids=str
 )
-def test_gpu_recorded_steps_are_the_launched_ones(tmp_path, pictures, flags, compiled):
+def test_gpu_recorded_steps_are_the_launched_ones(tmp_path, pictures, flags, scope):
     """Over more than one epoch and the schedule, so that each step has its own learning rate."""
-    more = gpu_flags(use_compile=compiled, batch_size=32, epochs=4, warm_up_epochs=1, **flags)
+    compiled = {} if scope is None else {"use_compile": "true", "compile_scope": scope}
+    more = gpu_flags(**compiled, batch_size=32, epochs=4, warm_up_epochs=1, **flags)
     launched = run(tmp_path / "launched", pictures, **more)
     recorded = run(tmp_path / "recorded", pictures, **more, use_cuda_graphs="true")
     assert recorded.status == 0, recorded.stderr
