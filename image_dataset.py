@@ -104,6 +104,8 @@ def load_images(
         return sample_images()
     if dataset == "sample":
         raise SettingsError("--dataset sample is generated and takes no --data_path; leave one of them out")
+    if data_path is not None and not data_path.strip():
+        raise SettingsError("--data_path is empty; give an archive, an .npz or a folder, or leave it out")
     if data_path is not None and fetch:
         raise SettingsError("--data_path and --download true exclude each other; give one of them")
     if data_path is None and not fetch:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from run_folder import check_writable
 from utils import SettingsError
@@ -322,6 +322,8 @@ def decode_jpegs(content: np.ndarray, offsets: np.ndarray, split: str, name: str
 def decode_files(paths: Sequence[Path], size: int) -> np.ndarray:
     """Image files, cut to their middle square and resized (bilinear with antialiasing): (n, 3, size, size) uint8, RGB.
 
+    They are turned as their EXIF data says; what is transparent becomes black.
+
     Raises:
         SettingsError: a file that is broken or far too large, by name.
     """
@@ -331,7 +333,11 @@ def decode_files(paths: Sequence[Path], size: int) -> np.ndarray:
         with paths[number].open("rb") as file:  # an error of PIL would leave a file open that it opened itself
             opened = open_picture(file, ["PNG", "JPEG", "BMP", "WEBP"], name)
             try:
-                picture = opened.convert("RGB")
+                picture = ImageOps.exif_transpose(opened)
+                if "A" in picture.getbands() or "transparency" in picture.info:
+                    picture = picture.convert("RGBA")
+                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+                picture = picture.convert("RGB")
             except DECODE_ERRORS as error:
                 raise SettingsError(f"{name} is broken ({reason_of(error)})") from None
         side = min(picture.size)
@@ -544,7 +550,10 @@ def list_pictures(folder: Path) -> list[list[Path]]:
         )
     found = []
     for path in classes:
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        inside = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
+        files = sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
+        if len(files) < len(inside):
+            print(f"{path}: {len(inside) - len(files)} files are left out, as they are no {', '.join(SUFFIXES)}")
         if not files:
             raise SettingsError(f"--data_path: {path} holds no image ({', '.join(SUFFIXES)})")
         found.append(files)

@@ -46,6 +46,7 @@ from utils import SettingsError, parse_settings, run_script, setting
 SCORERS = ("pixel_blur", "random", "trained")
 SIZES = {32: (2, 8), 64: (4, 16), 128: (8, 32), 256: (16, 64)}  # the lab's (min_patch, max_patch) by side of the image
 BLURS = (2, 4)  # factors of the trained scorer
+SPAN = 16  # of a regular grid's centres
 STRIDE = 4  # pixels between neighbouring features of its network
 
 
@@ -448,7 +449,7 @@ class Tokens(NamedTuple):
     """Patches of a batch of images, ready for the patch embedding.
 
     patches  (b, K, 3 x p x p): content, channel by channel, each row-major.
-    centres  (b, K, 2) fp32: x and y in units of p, such as 0.5 or 2.0.
+    centres  (b, K, 2) fp32: x and y in units of p, such as 0.5 or 2.0; of a regular grid in sixteenths of the image.
     sizes    (b, K) int64: side of the patch in the image, in pixels.
     corners  (b, K, 2) int64: x and y of its upper left pixel.
     """
@@ -501,6 +502,9 @@ def tokenize(images: torch.Tensor, tree: Quadtree, importances: Sequence[torch.T
 def uniform_tokens(images: torch.Tensor, patch_size: int) -> Tokens:
     """The regular grid of patches in the same form, row-major: (S / p)^2 tokens an image.
 
+    Its centres lie in 0 to SPAN whatever the number of patches, where those of mixed tokens lie whose smallest patch is
+    a sixteenth of the image: the same place of an image has the same position in both.
+
     Args:
         images: (b, 3, S, S).
         patch_size: side p in pixels.
@@ -516,15 +520,15 @@ def uniform_tokens(images: torch.Tensor, patch_size: int) -> Tokens:
     grid = torch.stack([steps.expand(side, side), steps[:, None].expand(side, side)], -1).flatten(0, 1)  # (K, 2)
     shape = (len(images), side * side)
     sizes = torch.full((1, 1), patch_size, device=images.device).expand(shape)
-    centres, corners = (part.expand(*shape, 2) for part in (grid + 0.5, grid * patch_size))
-    return Tokens(cut(images, patch_size), centres, sizes, corners)
+    centres = ((grid + 0.5) * (SPAN / side)).repeat(len(images), 1, 1)
+    return Tokens(cut(images, patch_size), centres, sizes, (grid * patch_size).expand(*shape, 2))
 
 
 def centre_positions(centres: torch.Tensor, width: int) -> torch.Tensor:
     """Sinusoidal positions of centres: half of the width for x, half for y, each sines and then cosines.
 
     Args:
-        centres: (b, K, 2) or (K, 2): x and y in units of the patch.
+        centres: (b, K, 2) or (K, 2): x and y, as in Tokens.
         width: of the embedding, d.
 
     Returns:

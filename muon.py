@@ -12,10 +12,11 @@ take the same learning rate and weight decay.
 
 State, bytes a parameter in fp32: AdamW 8 (two moments), Muon 4 (the momentum).
 
-It is for matrices between hidden states. Embeddings, the last layer, biases and norms go on with AdamW, in the same
-object. torch.optim.Muon works matrix by matrix, some twenty small kernels each; here all matrices of one shape are
-iterated together, 4 million numbers at a time at most (what is stacked takes about 16 bytes each for that long), and
-nothing is read back from the GPU, so that a step can be recorded as a CUDA graph.
+It is for matrices between hidden states; one that makes q, k and v at once counts as one matrix. Embeddings, the last
+layer, biases and norms go on with AdamW, in the same object. torch.optim.Muon works matrix by matrix, some twenty small
+kernels each; here all matrices of one shape are iterated together, 4 million numbers at a time at most (what is stacked
+takes about 16 bytes each for that long), and nothing is read back from the GPU, so that a step can be recorded as a
+CUDA graph.
 
 When it does not help: the iteration costs about 5 x 2 x (2 m^2 n + m^3) operations for an m x n matrix, m <= n,
 whatever the batch: with few tokens in a batch that is a large part of a step. A fused AdamW step is faster alone.
@@ -24,7 +25,7 @@ Sources: Jordan and others 2024, Muon: An optimizer for hidden layers in neural 
 coefficients these are; Liu and others 2025, Muon is Scalable for LLM Training, arXiv 2502.16982 (the scale).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +119,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(parameters, list(updates.unbind(0)))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One step of every parameter that has a gradient."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; returns what the closure returns."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
         group = self.param_groups[0]
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in group["params"]:
@@ -133,6 +138,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(parameters[begin : begin + count], group["lr"], group["weight_decay"])
         if self.adamw is not None:
             self.adamw.step()
+        return result
 
 
 # --------------------------------------------------------------------------------------------------------------------

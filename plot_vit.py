@@ -601,12 +601,19 @@ def is_first_layers(case: Case) -> bool:
 
 
 def sibling_control(folder: Path) -> Case | None:
-    """The case without DeCAtt of the ablation on the same data: with flash attention, as in this study, or eager."""
+    """The case of the ablation on the same data that differs from this study's by DeCAtt alone; None without one."""
     path = folder.parent / f"ablation-{folder.name.partition('-')[2]}"
     if not (path / "experiment.json").is_file():
         return None
-    cases = {case.name: case for case in read_study(path)[1]}
-    return next((cases[name] for name in ("flash", CONTROL) if name in cases and cases[name].ok), None)
+
+    def flags(case: Case) -> dict[str, str]:
+        given = (case.info.get("case") or {}).get("flags") or {}
+        given = {name: value for name, value in given.items() if not name.startswith("decatt_")}
+        return given | ({"data_path": Path(given["data_path"]).name} if "data_path" in given else {})
+
+    wanted = next((flags(case) for case in read_study(folder)[1] if case.ok), None)
+    cases = {case.name: case for case in read_study(path)[1] if case.ok}
+    return next((cases[name] for name in ("flash", CONTROL) if name in cases and flags(cases[name]) == wanted), None)
 
 
 def weights_figure(cases: Sequence[Case], control: Case | None) -> Figure:

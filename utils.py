@@ -72,7 +72,7 @@ def parse_settings(
             content = flatten_sections(content, sections, path)
             unknown = sorted(map(str, set(content) - (known - {"config"})))
         else:
-            unknown = ["(not a mapping)"]
+            raise SettingsError(f"--config {path} is not a mapping of settings to values")
         if unknown:
             raise SettingsError(f"--config {path} has unknown settings: {', '.join(unknown)}")
         # YAML values go through the same conversion as a flag's text, so a wrong type is caught in the same way.

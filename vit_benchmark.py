@@ -53,6 +53,7 @@ from vit import MODEL_SIZES, ViT, ViTConfig, vit_config
 QUESTIONS = {"peer": "peer", "kernels": "kernels", "decatt": "decatt_step", "tokens": "tokens"}  # -> folder
 IMAGE_SIZE, PATCH_SIZE, NUM_CLASSES, DECATT_WEIGHT = 32, 4, 10, 10.0
 RECORDED = ", recorded"  # in the name of a row
+REPLAY_TOLERANCE = 0.05  # of a step's change of the parameters; some backward passes add in no fixed order
 GOAL = 0.1  # the tokeniser's part of a step
 PEER_SIZES = {
     "anchor": {"num_layers": 6, "embedding_dim": 384, "num_heads": 6, "mlp_dim": 768},
@@ -249,6 +250,19 @@ class Trial:
         self.recorded = RecordedStep(self.launch)
         self.step()
 
+    def changes(self, replay: bool) -> list[torch.Tensor]:
+        """What one step changes the parameters by, launched or replayed; everything is as before afterwards."""
+        states = [
+            value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+        ]
+        tensors = [parameter.detach() for parameter in self.module.parameters()]
+        before = [tensor.clone() for tensor in (*tensors, *states)]
+        self.recorded() if replay else self.launch()
+        after = [tensor.clone() for tensor in tensors]
+        for tensor, value in zip((*tensors, *states), before, strict=True):
+            tensor.copy_(value)
+        return [new - old for new, old in zip(after, before, strict=False)]
+
     def step(self) -> None:
         self.launch() if self.recorded is None else self.recorded()
 
@@ -375,8 +389,13 @@ def run_variants(
     rows, peaks = [], {}
     for word in ("", RECORDED)[: 1 + recorded]:
         if word:
-            for trial in trials.values():
+            for name, trial in list(trials.items()):
                 trial.record()
+                replayed, launched = torch.cat([c.flatten() for c in trial.changes(True)]), trial.changes(False)
+                launched = torch.cat([change.flatten() for change in launched])
+                if (replayed - launched).norm() > REPLAY_TOLERANCE * launched.norm():
+                    statuses[name], notes[name] = "not timed", "not timed: its replay is not the launched step"
+                    del steps[name], trials[name]
         costs = interleaved(steps, device, **options)
         for variant in variants:
             name, rounds = variant.name, costs.get(variant.name, [])
@@ -607,6 +626,8 @@ def read_settings() -> tuple[Settings, torch.device, list[str], list[str], list[
     for name in ("batch_size", "rounds", "repeats"):
         if getattr(settings, name) < 1:
             raise SettingsError(f"--{name} must be at least 1, not {getattr(settings, name)}")
+    if settings.use_cuda_graphs and not settings.use_compile:
+        raise SettingsError("--use_cuda_graphs true records compiled variants; leave --use_compile false out")
     if settings.use_cuda_graphs and (reason := cuda_graphs_refusal(device)) is not None:
         raise SettingsError(reason)
     questions, backends = settings.questions.split(","), settings.backends.split(",")

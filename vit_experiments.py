@@ -10,7 +10,7 @@ recipe and precision, so that "none of them" is the control that the course proj
 which is twice as wide, and a regular grid with the positions that mixed tokens need (waves of the patches' centres), so
 that tokens and positions are told apart.
 tokens: fewer tokens, where mixed resolution can save compute: 34, 37 and 49 of them by each scorer against regular
-grids of 36, 49 and 64. A grid's image is scaled so that its patches have as many numbers (4 x 4 pixels).
+grids of 36, 49 and 64. A grid's image is scaled so that its patches have as many numbers (4 x 4 pixels of CIFAR's).
 decatt: weights 1, 10 and 100 of the term, and the first three layers only.
 
 A case is a run folder outputs/vit/<study>-<data set>/<case>; other flags than those of the study are handed on to every
@@ -24,6 +24,7 @@ import torch
 
 import case_runner
 from case_runner import Case, given_flags, split_list
+from image_formats import ImageSet
 from run_folder import describe_environment
 from utils import SettingsError
 from vit_plan import check_numbers
@@ -34,11 +35,11 @@ DECATT_WEIGHT = 10
 PLACE = ("output_folder", "experiment", "run_name", "config", "figures", "gpus", "only", "cache_folder")
 LAPTOP = {"model_size": "tiny"}  # without a GPU; the shape of the study would take days
 MIXED_COUNTS = (34, 37, 49)
-GRIDS = {36: 24, 49: 28, 64: 32}  # tokens: side of the image that is cut into patches of 4 x 4
+GRIDS = (6, 7, 8)  # patches a side
 
 
-def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> list[Case]:
-    """Every case of a study in order; `common` are the flags given by hand."""
+def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str], side: int = 32) -> list[Case]:
+    """Every case of a study in order; `common` are the flags given by hand, `side` that of the data's images."""
     cases: list[Case] = []
     base: dict[str, Any] = (
         {"epochs": EPOCHS, "use_compile": "true", "use_cuda_graphs": "true", "seeds": SEEDS, "log_every": 50}
@@ -77,9 +78,11 @@ def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str]) -> l
         add("decatt+mixed+flash", "all three", **flash, **decatt, **mixed)
         add("centres", "control of mixed: a regular grid with its positions", **eager, positions="centres")
     elif name == "tokens":
-        for count, side in GRIDS.items():
-            grid = {"image_size": side, "patch_size": 4, "positions": "centres"}
-            add(f"grid-{count}", f"regular grid of {count}", **flash, **grid)
+        if side % 8:
+            raise SettingsError(f"--experiment tokens needs images whose side 8 divides, not {side}; set --source_size")
+        for count in GRIDS:
+            grid = {"image_size": count * side // 8, "patch_size": side // 8, "positions": "centres"}
+            add(f"grid-{count**2}", f"regular grid of {count**2}", **flash, **grid)
         for count in MIXED_COUNTS:
             add(f"mixed-{count}", f"{count} mixed, pixel blur", **flash, tokens="mixed", num_tokens=count)
         for scorer, words in (("random", "at random"), ("trained", "by a trained network")):
@@ -112,8 +115,21 @@ def result_line(case: Case, info: dict[str, Any]) -> str:
     return line + "  ".join(f"{format(value, style)} {unit}" for value, style, unit in cells)
 
 
-def run(settings: Any, name: str) -> int:
-    """Run what is left of a study, draw its figures and print one JSON object; returns the exit status."""
+def check_data(folder: Path, cases: list[Case], images: ImageSet) -> None:
+    """Raise if finished cases were trained on other data than what is given now."""
+    for case in cases:
+        info = case_runner.read_info(folder / case.name) or {}
+        before, now = ((source or {}).get("sha256") for source in (info.get("dataset"), images.source))
+        if before is not None and now is not None and before != now:
+            raise SettingsError(f"{folder} holds results of other images; choose another --output_folder")
+
+
+def run(settings: Any, name: str, images: ImageSet) -> int:
+    """Run what is left of a study, draw its figures and print one JSON object; returns the exit status.
+
+    Args:
+        images: what the settings name, as every case will load it.
+    """
     gpu = settings.device != "cpu" and torch.cuda.is_available()
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
@@ -127,7 +143,9 @@ def run(settings: Any, name: str) -> int:
     environment = describe_environment(torch.device("cpu"))
     if gpu:
         environment = case_runner.gpu_environment(gpus[0] if gpus else None, "--device cuda")
-    plans = [(name, folder_of(name, settings), make_cases(name, settings, gpu, common))]
+    folder, cases = folder_of(name, settings), make_cases(name, settings, gpu, common, images.image_size)
+    check_data(folder, cases, images)
+    plans = [(name, folder, cases)]
     return case_runner.run_studies(
         plans,
         environment,

@@ -64,10 +64,15 @@ def hidden_matrices(model: ViT) -> list[torch.nn.Parameter]:
 def rate_at(step: int, *, warm_up_steps: float, all_steps: int, cosine: bool) -> float:
     """Learning rate of a step as a part of the highest: a linear rise, then half a cosine down to 0, or constant."""
     if step < warm_up_steps:
-        return (step + 1) / warm_up_steps
+        return min(1.0, (step + 1) / warm_up_steps)
     if not cosine:
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up_steps) / max(1.0, all_steps - warm_up_steps)))
+
+
+def spread(count: int, wanted: int) -> torch.Tensor:
+    """Places of `wanted` of `count` images (all, if they are fewer), far apart, as a folder lies class by class."""
+    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
 
 
 class Training:
@@ -91,7 +96,8 @@ class Training:
             self.optimizer, partial(rate_at, all_steps=plan.epochs * self.steps_per_epoch, **shape)
         )
         self.tracker = MemoryTracker(self.device, run.path / "memory.csv", (self.model, self.optimizer))
-        self.numbers = torch.Generator(self.device).manual_seed(seed)  # order, augmentation, random trees
+        # Streams of their own: order, augmentation and random trees here, weights above, dropout in `fit`.
+        self.numbers = torch.Generator(self.device).manual_seed(seed + 10**6)  # order, augmentation, random trees
         self.best = Best()
         self.step = self.epoch = 0
         self.first_step_ms: float | None = None
@@ -137,7 +143,7 @@ class Training:
             epochs=epochs,
             batch_size=self.plan.batch_size,
             learning_rate=2e-3,
-            seed=self.seed,
+            seed=self.seed + 3 * 10**6,
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -323,7 +329,7 @@ class Training:
     def fit(self, bar: tqdm) -> None:
         """Train and validate until the epochs are done; keeps the best weights."""
         begin = time.perf_counter()
-        torch.manual_seed(self.seed)  # of dropout, whatever looked at the model before
+        torch.manual_seed(self.seed + 2 * 10**6)  # of dropout, whatever looked at the model before
         for _ in range(self.plan.epochs):
             row = {"seed": self.seed, "epoch": self.epoch + 1, **self.train_epoch(), "step": self.step}
             last = self.epoch == self.plan.epochs or self.step == self.settings.max_steps
@@ -391,7 +397,8 @@ class Training:
         if heads < 2:
             return None
         model.eval()
-        tokens = self.tokens_of(self.data.splits["validation"].images[:CORRELATED_IMAGES])
+        split = self.data.splits["validation"]
+        tokens = self.tokens_of(split.images[spread(len(split), CORRELATED_IMAGES)])
         with autocast(self.plan.precision, self.device):
             outputs = head_outputs(model, tokens.patches, tokens.centres)
         pairs = ~torch.eye(heads, dtype=torch.bool, device=self.device)
@@ -416,7 +423,7 @@ class Training:
         return found
 
     def results(self) -> dict[str, Any]:
-        """Everything that this seed is to be judged by; test is evaluated here, once, with the best weights."""
+        """Everything that this seed is to be judged by; test is evaluated here, with the best weights and no others."""
         self.evaluated.load_state_dict(self.best.weights)
         test = self.evaluate("test")
         correlation = self.correlation(self.evaluated)
@@ -458,9 +465,10 @@ class Training:
             "tokenise_ms_median": None if middle is None else round(middle, 4),
             "mfu": None if found["images_per_s"] is None else self.mfu(found["images_per_s"]),
             "mfu_denominator_tflops": peak,
-            "training_minutes": round(self.seconds / 60, 4),
+            "training_minutes": round((self.seconds + self.scorer_s) / 60, 4),
             "evaluation_minutes": round(self.evaluation_s / 60, 4),
             "total_minutes": round(self.total_s / 60, 4),  # with compiling, validation and logging
+            # part of the training's minutes
             "scorer_training_s": round(self.scorer_s, 3) if self.scorer is not None else None,
         }
 
@@ -482,7 +490,8 @@ class Training:
         if self.plan.tree is None:
             return
         split = self.data.splits["test"]
-        images = split.images[:SHOWN_IMAGES]
+        places = spread(len(split), SHOWN_IMAGES)
+        images = split.images[places]
         plain = resize(images.float() / 255, self.plan.image_size)
         tokens = self.tokens_of(images)
         importances = (
@@ -510,7 +519,7 @@ class Training:
             mosaics=as_bytes(painted),
             sizes=tokens.sizes.cpu().numpy(),
             centres=tokens.centres.cpu().numpy(),
-            classes=np.array([names[label] for label in split.labels[:SHOWN_IMAGES].tolist()]),
+            classes=np.array([names[label] for label in split.labels[places].tolist()]),
             min_patch=self.plan.tree.min_patch,
         )
 

@@ -4,6 +4,7 @@ Device, precision, attention kernel, tokens, model shape and recipe are decided 
 written, so that vit_train.py itself reads as settings, loop and results.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def choose_tokens(settings: Any, side: int) -> tuple[Quadtree | None, int, int]:
     if settings.tokens == "mixed":
         if settings.patch_size is not None:
             raise SettingsError("--patch_size belongs to --tokens uniform; mixed tokens have --min_patch, --max_patch")
-        image_size = 2 * side if settings.image_size is None else settings.image_size
+        image_size = 16 * math.ceil(side / 8) if settings.image_size is None else settings.image_size
         smallest = max(1, image_size // 16) if settings.min_patch is None else settings.min_patch
         largest = 4 * smallest if settings.max_patch is None else settings.max_patch
         count = 64 if settings.num_tokens is None else settings.num_tokens
@@ -212,9 +213,12 @@ def choose_tokens(settings: Any, side: int) -> tuple[Quadtree | None, int, int]:
         if getattr(settings, name) is not None:
             raise SettingsError(f"--{name} has no effect without --tokens mixed")
     image_size = side if settings.image_size is None else settings.image_size
-    patch_size = max(1, image_size // 8) if settings.patch_size is None else settings.patch_size
+    divisors = [size for size in range(1, image_size + 1) if image_size % size == 0]
+    default = min(divisors, key=lambda size: abs(size - image_size / 8))
+    patch_size = default if settings.patch_size is None else settings.patch_size
     if image_size % patch_size:
-        raise SettingsError(f"--image_size {image_size} is no multiple of --patch_size {patch_size}")
+        words = ", ".join(str(size) for size in divisors if size <= image_size / 2)
+        raise SettingsError(f"--patch_size {patch_size} does not divide images of {image_size} pixels; take {words}")
     return None, image_size, patch_size
 
 

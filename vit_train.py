@@ -6,9 +6,9 @@
     python vit_train.py --experiment ablation --dataset cifar10 --data_path cifar10.npz       eight combinations
 
 The whole data set lies on the device as bytes and is augmented there. A part of the training images is the validation
-split, by which the best epoch is chosen; test is evaluated once, with the weights of that epoch. Without other flags
-the sample trains a tiny model and every other set the small one, with warm-up and cosine, label smoothing, and weight
-decay for matrices only.
+split, by which the best epoch is chosen; test chooses nothing: it is evaluated at the end, with the weights of that
+epoch (and with a head of each layer less). Without other flags the sample trains a tiny model and every other set the
+small one, with warm-up and cosine, label smoothing, and weight decay for matrices only.
 
 A run leaves run.json, steps.jsonl, epochs.jsonl, memory.csv, pictures and the best weights of each seed in
 outputs/<experiment>/<run_name>/; the last line printed is one JSON object with the results. The times of augmenting, of
@@ -86,8 +86,8 @@ class Settings:
     decatt_weight: float | None = setting(None, "weight of the decorrelation of heads in the loss (default: without)")
     decatt_layers: int | None = setting(None, "the first so many layers are decorrelated (default: all)")
     tokens: str = setting("uniform", "patches of one size, or a quadtree of patches of several sizes", TOKENS)
-    image_size: int | None = setting(None, "side of the image that is cut (default: the data's, mixed twice that)")
-    patch_size: int | None = setting(None, "uniform: side of a patch (default: an eighth of the image)")
+    image_size: int | None = setting(None, "side of the image that is cut (default: the data's; mixed: twice that)")
+    patch_size: int | None = setting(None, "uniform: side of a patch (default: about an eighth of the image)")
     num_tokens: int | None = setting(None, "mixed: patches of an image (default: 64)")
     min_patch: int | None = setting(None, "mixed: side of the smallest patch (default: a sixteenth of the image)")
     max_patch: int | None = setting(None, "mixed: side of the largest patch (default: 4 x min_patch)")
@@ -259,7 +259,7 @@ def main() -> int:
     if settings.experiment in STUDIES:
         import vit_experiments
 
-        return vit_experiments.run(settings, settings.experiment)
+        return vit_experiments.run(settings, settings.experiment, images)
     for name in ("gpus", "only"):
         if getattr(settings, name) is not None:
             raise SettingsError(f"--{name} has no effect without --experiment {'|'.join(STUDIES)}")

@@ -678,3 +678,32 @@ def test_main_prints_the_splits_and_writes_the_sheet(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["image_dataset.py", "--picture", "sheet.jpg"])
     with pytest.raises(SettingsError, match=r"--picture sheet.jpg must end with .png"):
         image_dataset.main()
+
+
+def test_pictures_are_turned_as_they_say_and_what_is_transparent_is_black(tmp_path):
+    turned = Image.new("RGB", (8, 8))
+    turned.paste((255, 255, 255), (0, 0, 8, 4))  # white above; orientation 6 turns it to the right
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 255)).save(tmp_path / "red.png")
+    found = image_formats.decode_files([tmp_path / f"{name}.png" for name in ("turned", "clear", "red")], 8)
+    assert found[0, 0, :, 4:].min() == 255 and found[0, 0, :, :4].max() == 0
+    assert found[1].max() == 0 and found[2, 0].min() == 255 and found[2, 1:].max() == 0
+
+
+def test_files_that_are_left_out_are_counted(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    (tmp_path / "a" / "2.gif").write_bytes(b"GIF89a")
+    (tmp_path / "b" / ".hidden").write_text("x")
+    assert [len(files) for files in image_formats.list_pictures(tmp_path)] == [1, 1]
+    out = capsys.readouterr().out
+    assert "1 files are left out" in out and str(tmp_path / "b") not in out
+
+
+def test_an_empty_path_is_no_path():
+    with pytest.raises(SettingsError, match="--data_path is empty"):
+        load_images(None, "")

@@ -258,7 +258,7 @@ def test_uniform_tokens():
     tokens = uniform_tokens(images, 2)
     assert tokens.patches.shape == (2, 4, 12)
     assert tokens.patches[0, 1].tolist() == [2, 3, 6, 7, 18, 19, 22, 23, 34, 35, 38, 39]
-    assert tokens.centres[1].tolist() == [[0.5, 0.5], [1.5, 0.5], [0.5, 1.5], [1.5, 1.5]]
+    assert tokens.centres[1].tolist() == [[4, 4], [12, 4], [4, 12], [12, 12]]  # in sixteenths of the image
     assert tokens.corners[1].tolist() == [[0, 0], [2, 0], [0, 2], [2, 2]]
     assert tokens.sizes.tolist() == [[2] * 4] * 2
     with pytest.raises(SettingsError, match="--patch_size 3 must divide"):

@@ -15,8 +15,8 @@ import torch
 import case_runner
 import vit_train
 from sample_images import sample_images
-from utils import parse_settings, run_script
-from vit_experiments import DECATT_WEIGHT, EPOCHS, folder_of, make_cases, result_line
+from utils import SettingsError, parse_settings, run_script
+from vit_experiments import DECATT_WEIGHT, EPOCHS, check_data, folder_of, make_cases, result_line
 from vit_plan import make_plan
 from vit_train import SECTIONS, STUDIES, Settings
 
@@ -164,6 +164,33 @@ def test_the_study_of_tokens():
     assert changes(flags["mixed-49-random"], flags["mixed-49"]) == {"scorer"}
     assert changes(flags["grid-36"], flags["grid-64"]) == {"image_size"}
     assert changes(flags["mixed-34"], flags["mixed-49"]) == {"num_tokens"}
+
+
+@pytest.mark.parametrize("side", [32, 64, 96])
+def test_tokens_have_as_many_numbers_whatever_the_images_size(side):
+    images, values = sample_images(20, 10, image_size=side), set()
+    for case in make_cases("tokens", Settings(), True, {}, side):
+        words = [f"--{flag}={value}" for flag, value in case.flags.items()]
+        values.add(make_plan(parse_settings(Settings, [*words, *ON_CPU], sections=SECTIONS), images).model.patch_values)
+    assert values == {3 * (side // 8) ** 2}
+    with pytest.raises(SettingsError, match="--source_size"):
+        make_cases("tokens", Settings(), True, {}, 28)
+
+
+def test_results_of_other_images_are_not_taken_over(tmp_path):
+    """Told apart by the checksum: two files may have the same name."""
+    images = sample_images(20, 10)
+    images.source["sha256"] = "a"
+    (case, *_) = cases = make_cases("decatt", Settings(), True, {})
+    (tmp_path / case.name).mkdir()
+    for checksum in ("a", None, "b"):
+        info = {"settings": {}, "status": "ok", "dataset": {"sha256": checksum}}
+        (tmp_path / case.name / "run.json").write_text(json.dumps(info))
+        if checksum == "b":
+            with pytest.raises(SettingsError, match="other images"):
+                check_data(tmp_path, cases, images)
+        else:
+            check_data(tmp_path, cases, images)
 
 
 def test_the_study_of_decatt():
