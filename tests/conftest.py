@@ -19,6 +19,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors this small are slower with more threads, far slower where other work runs beside them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def series(tmp_path_factory) -> Path:
     """A CSV of 400 hourly rows and two channels with a daily wave."""

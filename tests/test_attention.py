@@ -36,13 +36,7 @@ def windows_of(tokens: int) -> list[tuple[int, int]]:
     return [(left, 0) for left in sorted({0, 1, 5, tokens - 2, tokens - 1, tokens}) if left >= 0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are small: two threads would mostly wait for each other, long if another process has the core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ----------------------------------------------------------------------------------------------------------- yardsticks

@@ -16,13 +16,7 @@ SHAPE = {"num_layers": 2, "embedding_dim": 16, "num_heads": 2, "mlp_dim": 24}
 ROW = {"variant", "status", "ms", "ms_of_rounds", "images_per_s", "peak_gib", "exactness", "compiled", "batch_size"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
