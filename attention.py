@@ -23,7 +23,7 @@ Sources: Dao 2023, FlashAttention-2, arXiv 2307.08691; Beltagy et al. 2020, Long
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -291,6 +291,21 @@ def attention(
 def flash_attn_runs() -> bool:
     """Whether flash-attn can be imported; a constant for torch.compile (`prepare_for_compile`)."""
     return flash_attn_error() is None
+
+
+def profiled_kernel(step: Callable[[], Any], *, compiled: bool) -> str:
+    """The attention operators that a training step runs, compiled or not (`observe_kernel` cannot see into the former).
+
+    Args:
+        step: forward and backward pass.
+        compiled: what to call products and a softmax that no fused operator stands for.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    names = {event.key for event in profile.key_averages()} - {"aten::scaled_dot_product_attention"}  # it only chooses
+    chosen = {name for name in names if any(sign in name for sign in KernelObserver.SIGNS)}
+    fused = sorted(name.replace("::", ".") for name in chosen if "backward" not in name.lower())
+    return ", ".join(fused) or f"matmul, softmax, matmul ({'compiled' if compiled else 'eager'})"
 
 
 def prepare_for_compile() -> None:

@@ -1,7 +1,7 @@
 """CUDA graphs: record the kernels of a training step once and launch them all by one call in every later step.
 
     python cuda_graphs.py                                     a step launched and recorded, by rows of a batch (a GPU)
-    python cuda_graphs.py --num_layers 24 --width 384         another stack of layers
+    python cuda_graphs.py --num_layers 48 --width 384         another stack of layers
     python vit_train.py --use_cuda_graphs true                in training
 
 Python and PyTorch need 5 to 20 microseconds to launch a kernel, and a step of a small model has hundreds of them that
@@ -24,9 +24,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from optimizers import make_optimizer
+from optimizers import Stack, make_optimizer
 from precision import autocast, set_precision
 from technique_bench import Study, compare, interleaved, middle
 from utils import GIB, SettingsError, parse_settings, run_script, setting
@@ -116,32 +115,13 @@ class RecordedStep:
 class Settings:
     """Settings of `python cuda_graphs.py`."""
 
-    num_layers: int = setting(12, "residual MLP blocks")
+    num_layers: int = setting(24, "residual linear layers")
     width: int = setting(192, "of the hidden states")
-    mlp_dim: int = setting(512, "inside a block")
     rows: str = setting("256,1024,4096,16384,65536,262144", "rows (tokens) of a batch, rising")
     precision: str = setting("bf16", "of the products", ["fp32", "tf32", "bf16"])
     rounds: int = setting(5, "measurements of each variant, in turn")
     repeats: int = setting(20, "timed steps of a measurement")
     output_folder: str = setting("outputs", "folder of all results")
-
-
-class Stack(nn.Module):
-    """Residual blocks of norm, Linear, GELU and Linear."""
-
-    def __init__(self, settings: Settings):
-        super().__init__()
-        width, inner = settings.width, settings.mlp_dim
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
-            for _ in range(settings.num_layers)
-        )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(rows, width) -> the same shape"""
-        for block in self.blocks:
-            hidden_states = hidden_states + block(hidden_states)
-        return hidden_states
 
 
 class Problem:
@@ -150,7 +130,7 @@ class Problem:
     def __init__(self, settings: Settings, rows: int, recorded: bool, device: torch.device):
         torch.manual_seed(0)
         self.settings, self.device = settings, device
-        self.model = Stack(settings).to(device)
+        self.model = Stack(settings.num_layers, settings.width).to(device)
         self.optimizer = make_optimizer(
             "adamw", self.model.parameters(), learning_rate=1e-3, weight_decay=0.0, device=device
         )
@@ -197,7 +177,7 @@ def main() -> int:
     settings = parse_settings(Settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = read_rows(settings.rows)
-    for name in ("num_layers", "width", "mlp_dim", "rounds", "repeats"):
+    for name in ("num_layers", "width", "rounds", "repeats"):
         if getattr(settings, name) < 1:
             raise SettingsError(f"--{name} must be at least 1, not {getattr(settings, name)}")
     if device.type != "cuda":

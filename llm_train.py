@@ -412,19 +412,10 @@ class Training:
         """The CUDA allocator's count since the process began; 0 without a GPU."""
         return torch.cuda.memory_stats()["num_alloc_retries"] if self.tracker.cuda else 0
 
-    def memory_headline(self) -> dict[str, float | str | None]:
-        """Peaks of a step in GiB, and the phase that is the peak."""
-        summary = self.tracker.summary()
-        step = summary.get("training_step", {})
-        phases = {name: row for name, row in summary.items() if name not in ("training_step", "evaluation")}
-        return {
-            "tracked_steps": len({row["step"] for row in self.tracker.rows if row["phase"] == "training_step"}),
-            "peak_allocated_gib": step.get("peak_allocated_gib"),
-            "peak_reserved_gib": step.get("peak_reserved_gib") or None,
-            # How often the allocator had to give memory back and ask again: above 0 the batch is near the limit.
-            "alloc_retries": self.alloc_retries() - self.retries_before if self.tracker.cuda else None,
-            "peak_phase": max(phases, key=lambda name: phases[name]["peak_allocated_gib"], default=None),
-        }
+    def memory_headline(self) -> dict[str, Any]:
+        """Peaks of a step, and how often the allocator gave memory back and asked again: above 0 it is nearly full."""
+        retries = self.alloc_retries() - self.retries_before if self.tracker.cuda else None
+        return self.tracker.headline() | {"alloc_retries": retries}
 
 
 # --------------------------------------------------------------------------------------------------------------------

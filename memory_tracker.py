@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_iter
 
 from utils import GIB, SettingsError
 
+WHOLE = ("training_step", "evaluation")  # phases that are no part of a step
 COLUMNS = (
     "step",
     "phase",
@@ -256,6 +257,18 @@ class MemoryTracker:
             for column, value in best.items():
                 best[column] = max(value, row[column]) if value != "" else ""
         return result
+
+    def headline(self) -> dict[str, Any]:
+        """Peaks of a training step in GiB, and the phase that is the peak; null where no step was tracked."""
+        summary = self.summary()
+        step = summary.get("training_step", {})
+        phases = {name: row["peak_allocated_gib"] for name, row in summary.items() if name not in WHOLE}
+        return {
+            "tracked_steps": len({row["step"] for row in self.rows if row["phase"] == "training_step"}),
+            "peak_allocated_gib": step.get("peak_allocated_gib"),
+            "peak_reserved_gib": step.get("peak_reserved_gib") or None,
+            "peak_phase": max(phases, key=phases.get, default=None),
+        }
 
     def table(self) -> str:
         """The summary as aligned text, GiB."""

@@ -1,7 +1,7 @@
 """Muon: one state a weight instead of AdamW's two, and updates whose directions are all of the same size.
 
     python muon.py                                            beside AdamW and PyTorch's Muon: memory, time, error
-    python muon.py --num_layers 24 --width 1024               other matrices
+    python muon.py --num_layers 48 --width 1024               other matrices
     python vit_train.py --optimizer muon                      in training
 
 A momentum M of a weight matrix's gradients is replaced by the nearest matrix whose singular values are all 1, U V^T of
@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from optimizers import Stack
 from technique_bench import Cost, Study, compare, measure
 from utils import GIB, SettingsError, parse_settings, run_script, setting
 
@@ -152,26 +152,12 @@ PART = 0.05  # of a training step
 class Settings:
     """Settings of `python muon.py`."""
 
-    num_layers: int = setting(12, "residual MLP blocks, of two matrices each")
+    num_layers: int = setting(24, "residual linear layers, each a square matrix")
     width: int | None = setting(None, "of the hidden states (default: 768, without a GPU 64)")
     repeats: int = setting(10, "timed steps")
     learning_rate: float = setting(0.001, "learning rate")
     weight_decay: float = setting(0.1, "weight decay")
     output_folder: str = setting("outputs", "folder of all results")
-
-
-class Stack(nn.Module):
-    """Residual blocks of two linear layers without biases; hidden states (tokens, width)."""
-
-    def __init__(self, num_layers: int, width: int):
-        super().__init__()
-        self.expand = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(num_layers))
-        self.contract = nn.ModuleList(nn.Linear(4 * width, width, bias=False) for _ in range(num_layers))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        for expand, contract in zip(self.expand, self.contract, strict=True):
-            hidden_states = hidden_states + contract(F.gelu(expand(hidden_states))) / len(self.expand) ** 0.5
-        return hidden_states
 
 
 OPTIMIZERS = ("adamw", "torch.optim.Muon", "muon")
@@ -236,8 +222,8 @@ def main() -> int:
         if not 0 <= getattr(settings, name) < float("inf"):
             raise SettingsError(f"--{name} must be at least 0 and finite, not {getattr(settings, name)}")
     study = Study("muon", settings, device)
-    count = 8 * settings.num_layers * settings.width**2
-    print(f"{count:,} parameters in {2 * settings.num_layers} matrices {4 * settings.width} x {settings.width}")
+    count = settings.num_layers * settings.width**2
+    print(f"{count:,} parameters in {settings.num_layers} matrices {settings.width} x {settings.width}")
     exact = Problem(settings, "muon", device).exact_change(settings)
     plain: list[torch.Tensor] = []
     times: dict[str, Cost] = {}

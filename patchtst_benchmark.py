@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import KernelObserver, prepare_for_compile
+from attention import prepare_for_compile, profiled_kernel
 from attention_support import BACKENDS, FULL, choose_backend, choose_flash_backend, unsupported_reason
 from head_pruning import MODES, attention_layers, remove_heads, static_choice
 from optimizers import make_optimizer
@@ -40,7 +40,6 @@ from technique_bench import Cost, Study, clearly_faster, compare, interleaved, m
 from utils import SettingsError, count_parameters, parse_settings, run_script, setting
 
 QUESTIONS = ("peer", "break_even", "pruned_step")
-WRAPPERS = {"aten::scaled_dot_product_attention"}  # operators that only choose one of the others
 
 
 # fmt: off
@@ -197,14 +196,7 @@ class Trial:
             return self.model(self.batch[0]).prediction_outputs
 
     def kernel(self) -> str:
-        """The attention operators that a training step runs, compiled or not."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            self.step()
-        names = {event.key for event in profile.key_averages()}
-        chosen = {name for name in names - WRAPPERS if any(sign in name for sign in KernelObserver.SIGNS)}
-        fused = sorted(name.replace("::", ".") for name in chosen if "backward" not in name.lower())
-        plain = "matmul, softmax, matmul" + (" (compiled)" if self.called is not self.model else " (eager)")
-        return ", ".join(fused) or plain
+        return profiled_kernel(self.step, compiled=self.called is not self.model)
 
 
 def results_to_compare(trial: Trial, pairs: list[tuple[str, torch.Tensor, list[torch.Tensor]]]) -> list[torch.Tensor]:

@@ -304,18 +304,6 @@ class Training:
             "data_share": round(data / (data + compute), 6) if steps["step_ms"] else None,
         }
 
-    def memory(self) -> dict[str, Any]:
-        """Peaks of a step in GiB, and the phase that is the peak."""
-        summary = self.tracker.summary()
-        step = summary.get("training_step", {})
-        phases = {name: row["peak_allocated_gib"] for name, row in summary.items() if name != "training_step"}
-        return {
-            "tracked_steps": len({row["step"] for row in self.tracker.rows}),
-            "peak_allocated_gib": step.get("peak_allocated_gib"),
-            "peak_reserved_gib": step.get("peak_reserved_gib") or None,
-            "peak_phase": max(phases, key=phases.get, default=None),
-        }
-
     @torch.no_grad()
     def write_forecast(self) -> None:
         """forecast.csv: the window in the middle of test, standardised; at most eight channels."""

@@ -16,7 +16,6 @@ stream, so that loading which is hidden behind computing costs nothing and loadi
 """
 
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,11 @@ from patchtst_plan import ATTENTION_TYPES, COMPILE_MODES, SCHEDULES, Plan, defau
 from patchtst_pruning import prune_and_train_on
 from precision import PRECISIONS, autocast
 from run_folder import (
-    Interrupted,
     RunFolder,
     StopRequest,
     check_writable,
     describe_environment,
+    end_badly,
     now,
 )
 from time_series_dataset import (
@@ -54,7 +53,7 @@ from time_series_dataset import (
     load_series,
     split_series,
 )
-from utils import SettingsError, count_parameters, is_out_of_memory, parse_settings, run_script, setting
+from utils import SettingsError, count_parameters, parse_settings, run_script, setting
 
 PUBLISHED_BATCH = 128  # the official test loader drops the last, smaller batch of 128: on the rest figures compare
 SECTIONS = ("data", "model", "training", "pruning", "logging")
@@ -188,7 +187,7 @@ def run_seed(settings: Settings, plan: Plan, data: SeriesData, run: RunFolder, s
         "stopped_by": outcome,
         "training_minutes": round(training.seconds / 60, 4),
         **times,
-        **training.memory(),
+        **training.tracker.headline(),
         "parameters": count_parameters(model),
     }
     if settings.evaluate_on != "none":
@@ -247,21 +246,8 @@ def run_all(settings: Settings, plan: Plan, data: SeriesData, stop: StopRequest)
         run = RunFolder.create(settings.output_folder, settings.experiment, own, unique=settings.run_name is None)
         try:
             found.append((run.path, run_seed(settings, plan, data, run, seed, stop)))
-        except (Interrupted, KeyboardInterrupt):
-            run.update(status="interrupted")
-            print(json.dumps({"run": str(run.path), "status": "interrupted"}))
-            return stop.exit_status
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            status = "oom" if is_out_of_memory(error) else "error"
-            with suppress(SettingsError):
-                run.update(status=status, error=reason)
-            if status == "error" and not isinstance(error, FloatingPointError):
-                raise
-            advice = f"out of memory with batch size {plan.batch_size} ({reason}); lower --batch_size"
-            print(f"{run.path}: {advice if status == 'oom' else reason}")
-            print(json.dumps({"run": str(run.path), "status": status}))
-            return 1
+        except (Exception, KeyboardInterrupt) as error:
+            return end_badly(run, error, stop, plan.batch_size)
     if len(found) == 1:
         print(json.dumps({"run": str(found[0][0]), "status": "ok", **found[0][1]}))
         return 0

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils import GIB, SettingsError, device_name, model_flops_utilisation, percentile
+from utils import GIB, SettingsError, device_name, is_out_of_memory, model_flops_utilisation, percentile
 
 
 def now() -> str:
@@ -371,3 +371,34 @@ class StopRequest:
     def exit_status(self) -> int:
         """128 + the signal's number, as shells report it."""
         return 128 + (self.signal or signal.SIGINT)
+
+
+def end_badly(run: RunFolder, error: BaseException, stop: StopRequest, batch_size: int) -> int:
+    """Note in run.json how a training ended that did not succeed, and print it; called where its error is caught.
+
+    Args:
+        run: its folder, whose run.json is there.
+        error: what was raised: Interrupted or KeyboardInterrupt, out of memory, FloatingPointError, or a bug.
+        stop: knows the signal of an interruption.
+        batch_size: of the training, for the advice where memory ran out.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        The error itself where it is a bug (or a setting), after it has been noted.
+    """
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        run.update(status="interrupted")
+        print(json.dumps({"run": str(run.path), "status": "interrupted"}))
+        return stop.exit_status
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    status = "oom" if is_out_of_memory(error) else "error"
+    with suppress(SettingsError):  # where the disk is full, the first error is the one to report
+        run.update(status=status, error=reason)
+    if status == "error" and not isinstance(error, FloatingPointError):
+        raise error
+    advice = f"out of memory with batch size {batch_size} ({reason}); lower --batch_size"
+    print(f"{run.path}: {advice if status == 'oom' else reason}")
+    print(json.dumps({"run": str(run.path), "status": status}))
+    return 1

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import KernelObserver, prepare_for_compile
+from attention import prepare_for_compile, profiled_kernel
 from attention_support import BACKENDS, FULL, choose_backend, unsupported_reason
 from cuda_graphs import RecordedStep, make_recordable
 from cuda_graphs import unsupported_reason as cuda_graphs_refusal
@@ -59,7 +59,6 @@ PEER_SIZES = {
     "anchor": {"num_layers": 6, "embedding_dim": 384, "num_heads": 6, "mlp_dim": 768},
     "tiny": {"num_layers": 2, "embedding_dim": 32, "num_heads": 2, "mlp_dim": 64},
 }
-WRAPPERS = {"aten::scaled_dot_product_attention"}  # operators that only choose one of the others
 
 
 # fmt: off
@@ -267,14 +266,7 @@ class Trial:
         self.launch() if self.recorded is None else self.recorded()
 
     def kernel(self) -> str:
-        """The attention operators that a training step runs, compiled or not."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            self.step()
-        names = {event.key for event in profile.key_averages()}
-        chosen = {name for name in names - WRAPPERS if any(sign in name for sign in KernelObserver.SIGNS)}
-        fused = sorted(name.replace("::", ".") for name in chosen if "backward" not in name.lower())
-        plain = "matmul, softmax, matmul" + (" (compiled)" if self.called is not self.module else " (eager)")
-        return ", ".join(fused) or plain
+        return profiled_kernel(self.step, compiled=self.called is not self.module)
 
     def own_gib(self) -> float:
         """Parameters, optimizer states and the batch."""

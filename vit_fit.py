@@ -440,7 +440,7 @@ class Training:
             "test_images": len(self.data.splits["test"]),
             **more,
             **self.times(),
-            **self.memory(),
+            **self.tracker.headline(),
             "parameters": count_parameters(self.model),
             "head_correlation_at_start": self.at_start,
             "head_correlation": correlation,
@@ -472,18 +472,6 @@ class Training:
             "scorer_training_s": round(self.scorer_s, 3) if self.scorer is not None else None,
         }
 
-    def memory(self) -> dict[str, Any]:
-        """Peaks of a step in GiB, and the phase that is the peak; null for a seed that was not tracked."""
-        summary = self.tracker.summary()
-        step = summary.get("training_step", {})
-        phases = {name: row["peak_allocated_gib"] for name, row in summary.items() if name != "training_step"}
-        return {
-            "tracked_steps": len({row["step"] for row in self.tracker.rows}),
-            "peak_allocated_gib": step.get("peak_allocated_gib"),
-            "peak_reserved_gib": step.get("peak_reserved_gib") or None,
-            "peak_phase": max(phases, key=phases.get, default=None),
-        }
-
     @torch.no_grad()
     def write_mosaics(self) -> None:
         """mosaics.npz, for mixed tokens: test images, what their tokens show, and the tokens' sizes and centres."""
@@ -494,19 +482,9 @@ class Training:
         images = split.images[places]
         plain = resize(images.float() / 255, self.plan.image_size)
         tokens = self.tokens_of(images)
-        importances = (
-            None
-            if self.plan.scorer == "random"
-            else scores(
-                resize(normalise(images, self.data.mean, self.data.deviation), self.plan.image_size),
-                self.plan.tree,
-                self.plan.scorer,
-                network=self.scorer,
-            )
-        )
-        if importances is None:
-            importances = self.random_importances(len(images), torch.Generator(self.device).manual_seed(0))
-        shown = tokenize(plain, self.plan.tree, importances)
+        # Cutting and shrinking are linear, so what a token shows is what it holds without the normalisation.
+        pixels = tokens.patches.unflatten(2, (3, -1)) * self.data.deviation[:, None] + self.data.mean[:, None]
+        shown = tokens._replace(patches=pixels.flatten(2))
         painted = torch.stack([mosaic(image, shown.of_image(place)) for place, image in enumerate(plain)])
 
         def as_bytes(values: torch.Tensor) -> np.ndarray:

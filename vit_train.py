@@ -17,7 +17,6 @@ cutting tokens and of the training step stand apart, on one clock.
 
 import gc
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ from checkpointing import METHODS
 from image_dataset import DATASETS, ImageData, load_images, split_images
 from mixed_resolution import SCORERS
 from precision import PRECISIONS, autocast
-from run_folder import Interrupted, RunFolder, StopRequest, check_writable, describe_environment, now
-from utils import SettingsError, count_parameters, is_out_of_memory, parse_settings, run_script, setting
+from run_folder import RunFolder, StopRequest, check_writable, describe_environment, end_badly, now
+from utils import SettingsError, count_parameters, parse_settings, run_script, setting
 from vit import HEADS, INITIALISATIONS, MODEL_SIZES, POOLS, POSITIONS
 from vit_fit import Training, summarise
 from vit_plan import COMPILE_SCOPES, OPTIMIZERS, SCHEDULES, TOKENS, Plan, default_run_name, make_plan
@@ -220,21 +219,8 @@ def run_once(settings: Settings, plan: Plan, data: ImageData, stop: StopRequest)
     run = RunFolder.create(settings.output_folder, settings.experiment, name, unique=settings.run_name is None)
     try:
         results = train_seeds(settings, plan, data, run, stop)
-    except (Interrupted, KeyboardInterrupt):
-        run.update(status="interrupted")
-        print(json.dumps({"run": str(run.path), "status": "interrupted"}))
-        return stop.exit_status
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        status = "oom" if is_out_of_memory(error) else "error"
-        with suppress(SettingsError):
-            run.update(status=status, error=reason)
-        if status == "error" and not isinstance(error, FloatingPointError):
-            raise
-        advice = f"out of memory with batch size {plan.batch_size} ({reason}); lower --batch_size"
-        print(f"{run.path}: {advice if status == 'oom' else reason}")
-        print(json.dumps({"run": str(run.path), "status": status}))
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        return end_badly(run, error, stop, plan.batch_size)
     run.update(status="ok", finished_at=now(), results=results)
     if settings.figures:
         import plot_vit  # matplotlib takes seconds to load

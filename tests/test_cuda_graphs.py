@@ -13,7 +13,7 @@ from optimizers import make_optimizer
 from utils import SettingsError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-TINY = {"num_layers": 2, "width": 16, "mlp_dim": 32}
+TINY = {"num_layers": 2, "width": 16}
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of")

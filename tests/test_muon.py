@@ -149,7 +149,7 @@ def test_wrong_settings(monkeypatch, tmp_path):
         run_main(monkeypatch, tmp_path, "--num_layers", "0")
     with pytest.raises(SettingsError, match="--learning_rate"):
         run_main(monkeypatch, tmp_path, "--learning_rate", "-1")
-    assert Settings().num_layers == 12
+    assert Settings().num_layers == 24
 
 
 @pytest.mark.gpu
