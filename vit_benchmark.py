@@ -4,7 +4,7 @@
     python vit_benchmark.py --questions peer            the peer alone
     python vit_benchmark.py --questions kernels,decatt --backends sdpa_efficient,short
 
-peer: SimpleViT, written here by its published architecture, and this lab's model with the same weights, on the same
+peer: SimpleViT (simple_vit_peer.py: its published architecture), and this lab's model with the same weights, on the same
 images. One step = cutting patches, forward, cross-entropy, backward, fused AdamW. Before a variant is timed, its logits
 and gradients are held against the peer's in fp64: an error at most twice the peer's own in the same precision, or it is
 `changed` and gets no time. The peer's linear layers of attention have no bias: ours are set to zero. It cuts a patch as
@@ -43,15 +43,25 @@ from attention import prepare_for_compile, profiled_kernel
 from attention_support import BACKENDS, FULL, choose_backend, unsupported_reason
 from cuda_graphs import RecordedStep, make_recordable
 from cuda_graphs import unsupported_reason as cuda_graphs_refusal
-from mixed_resolution import SCORERS, ScorerNetwork, cut, quadtree, resize, scores, tokenize, valid_counts
+from mixed_resolution import SCORERS, ScorerNetwork, resize, scores, tokenize
 from optimizers import make_optimizer
 from precision import AUTOCAST_DTYPES, autocast, set_precision
+from quadtree import quadtree, valid_counts
+from simple_vit_peer import (
+    IMAGE_SIZE,
+    NUM_CLASSES,
+    OnImages,
+    SimpleViT,
+    copy_weights,
+    in_our_order,
+    our_peer,
+)
 from technique_bench import EXACTNESS, Cost, Study, compare, interleaved, middle, relative_error
 from utils import GIB, SettingsError, count_parameters, is_out_of_memory, parse_settings, run_script, setting
 from vit import MODEL_SIZES, ViT, ViTConfig, vit_config
 
 QUESTIONS = {"peer": "peer", "kernels": "kernels", "decatt": "decatt_step", "tokens": "tokens"}  # -> folder
-IMAGE_SIZE, PATCH_SIZE, NUM_CLASSES, DECATT_WEIGHT = 32, 4, 10, 10.0
+DECATT_WEIGHT = 10.0
 RECORDED = ", recorded"  # in the name of a row
 REPLAY_TOLERANCE = 0.05  # of a step's change of the parameters; some backward passes add in no fixed order
 GOAL = 0.1  # the tokeniser's part of a step
@@ -83,107 +93,8 @@ class Settings:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The two models
+# A model in training
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def grid_coordinates(side: int) -> torch.Tensor:
-    """(side x side, 2): column x and row y of each patch, row-major, from 0."""
-    steps = torch.arange(side, dtype=torch.float32)
-    return torch.stack([steps.repeat(side), steps.repeat_interleave(side)], dim=1)
-
-
-class PeerAttention(nn.Module):
-    """q, k and v from one layer, textbook softmax; `fused` leaves the products to PyTorch. No layer has a bias."""
-
-    def __init__(self, width: int, heads: int, fused: bool):
-        super().__init__()
-        self.heads, self.scale, self.fused = heads, (width // heads) ** -0.5, fused
-        self.qkv, self.output = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(images, tokens, width) -> the same shape"""
-        parts = self.qkv(hidden_states).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (images, heads, tokens, d)
-        if self.fused:
-            mixed = F.scaled_dot_product_attention(q, k, v)
-        else:
-            mixed = torch.matmul((torch.matmul(q, k.transpose(-1, -2)) * self.scale).softmax(dim=-1), v)
-        return self.output(mixed.transpose(1, 2).flatten(2))
-
-
-class PeerBlock(nn.Module):
-    """Norm, attention, residual; norm, Linear, GELU, Linear, residual."""
-
-    def __init__(self, width: int, heads: int, mlp_dim: int, fused: bool):
-        super().__init__()
-        self.attention_norm, self.attention = nn.LayerNorm(width), PeerAttention(width, heads, fused)
-        self.mlp_norm, self.expand = nn.LayerNorm(width), nn.Linear(width, mlp_dim)
-        self.contract = nn.Linear(mlp_dim, width)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(images, tokens, width) -> the same shape"""
-        hidden_states = self.attention(self.attention_norm(hidden_states)) + hidden_states
-        return self.contract(F.gelu(self.expand(self.mlp_norm(hidden_states)))) + hidden_states
-
-
-class SimpleViT(nn.Module):
-    """vit-pytorch's SimpleViT; modules are named as in vit.py, so that weights can be copied by name."""
-
-    def __init__(self, num_layers: int, embedding_dim: int, num_heads: int, mlp_dim: int, fused: bool = False):
-        super().__init__()
-        values, width, side = 3 * PATCH_SIZE**2, embedding_dim, IMAGE_SIZE // PATCH_SIZE
-        self.patch_norm, self.embedding = nn.LayerNorm(values), nn.Linear(values, width)
-        self.embedding_norm = nn.LayerNorm(width)
-        frequencies = 10000 ** (-torch.arange(width // 4) / (width // 4 - 1))
-        x, y = (grid_coordinates(side)[:, axis, None] * frequencies for axis in (0, 1))
-        self.register_buffer("positions", torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1), persistent=False)
-        self.blocks = nn.ModuleList(PeerBlock(width, num_heads, mlp_dim, fused) for _ in range(num_layers))
-        self.final_norm, self.head = nn.LayerNorm(width), nn.Linear(width, NUM_CLASSES)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(images, 3, 32, 32) -> (images, classes)"""
-        patches = images.unflatten(3, (-1, PATCH_SIZE)).unflatten(2, (-1, PATCH_SIZE))  # (b, c, h, p1, w, p2)
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (b, h w, p1 p2 c)
-        hidden_states = self.embedding_norm(self.embedding(self.patch_norm(patches)))
-        hidden_states = hidden_states + self.positions.to(hidden_states.dtype)
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-        return self.head(self.final_norm(hidden_states).mean(dim=1))
-
-
-class OnImages(nn.Module):
-    """This lab's model with the cutting of patches in front, as SimpleViT has it."""
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.model = ViT(config)
-        self.register_buffer("grid", grid_coordinates(IMAGE_SIZE // PATCH_SIZE), persistent=False)
-
-    def forward(self, images: torch.Tensor) -> Any:
-        """(images, 3, 32, 32) -> what the model returns"""
-        return self.model(cut(images, PATCH_SIZE), self.grid)
-
-
-def our_peer(shape: dict[str, int], backend: str) -> OnImages:
-    """The lab's model of SimpleViT's shape."""
-    options = {"pool": "mean", "positions": "centres", "head": "linear", "patch_norm": True}
-    return OnImages(vit_config(**shape, **options, num_classes=NUM_CLASSES, attention_backend=backend))
-
-
-def in_our_order(name: str, values: torch.Tensor) -> torch.Tensor:
-    """SimpleViT's parameter or gradient with a patch's numbers as (channel, row, column)."""
-    if name == "embedding.weight" or name.startswith("patch_norm."):
-        return values.unflatten(-1, (PATCH_SIZE**2, 3)).transpose(-1, -2).flatten(-2)
-    return values
-
-
-@torch.no_grad()
-def copy_weights(model: ViT, state: dict[str, torch.Tensor]) -> None:
-    """Give the lab's model SimpleViT's weights; biases that SimpleViT lacks become zero."""
-    missing = model.load_state_dict({name: in_our_order(name, value) for name, value in state.items()}, strict=False)
-    for name in missing.missing_keys:
-        model.get_parameter(name).zero_()
 
 
 class Trial:

@@ -16,9 +16,10 @@ from attention_support import FULL, choose_backend, choose_flash_backend, unsupp
 from cuda_graphs import unsupported_reason as cuda_graphs_refusal
 from image_augmentation import Augmentation
 from image_formats import ImageSet
-from mixed_resolution import SCORERS, STRIDE, Quadtree, quadtree
+from mixed_resolution import SCORERS, STRIDE
 from precision import AUTOCAST_DTYPES, set_precision
 from precision import unsupported_reason as precision_refusal
+from quadtree import Quadtree, quadtree
 from utils import SettingsError, read_seeds
 from vit import ViTConfig, vit_config
 

@@ -11,22 +11,17 @@ import mixed_resolution
 from mixed_resolution import (
     SCORERS,
     SIZES,
-    Quadtree,
     ScorerNetwork,
     Tokens,
     centre_positions,
-    greedy_reference,
-    locate,
     mosaic,
-    quadtree,
     resize,
     scores,
-    select,
     tokenize,
     train_scorer,
     uniform_tokens,
-    valid_counts,
 )
+from quadtree import Quadtree, greedy_reference, locate, quadtree, select, valid_counts
 from utils import SettingsError, count_parameters
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import vit_benchmark
+from simple_vit_peer import SimpleViT, our_peer
 from technique_bench import relative_error
 from utils import SettingsError
-from vit_benchmark import Gate, Settings, SimpleViT, Trial, make_images, our_peer
+from vit_benchmark import Gate, Settings, Trial, make_images
 
 CPU = torch.device("cpu")
 SHAPE = {"num_layers": 2, "embedding_dim": 16, "num_heads": 2, "mlp_dim": 24}
