@@ -85,6 +85,17 @@ def patchtst_results(experiment: str, case: str) -> dict:
     return json.loads(path.read_text())["results"]
 
 
+def test_what_the_readme_says_about_decatt_alone():
+    rows = json.loads((ROOT / "outputs" / "techniques" / "decatt" / "run.json").read_text())["results"]["rows"]
+    rows = {row["variant"]: row for row in rows}
+    ms = {name: row["ms"] for name, row in rows.items()}
+    words = "({:.2f} against {:.2f} ms, {:.2f} without a term) and more where it is not ({:.2f} against {:.2f} ms)"
+    names = ("with the term, compiled", "with the textbook term, compiled", "attention, compiled")
+    assert words.format(*(ms[name] for name in (*names, "with the term", "with the textbook term"))) in README
+    saved = rows["with the textbook term"]["peak_gib"] - rows["with the term"]["peak_gib"]
+    assert f"needs {saved:.3f} GiB less" in README
+
+
 def test_what_the_readme_says_about_patchtst():
     """Sentences beside the generated tables, and the goals they report."""
     peer = json.loads((ROOT / "outputs" / "patchtst" / "peer" / "run.json").read_text())["results"]["rows"]
