@@ -4,8 +4,9 @@
     python vit_benchmark.py --questions peer            the peer alone
     python vit_benchmark.py --questions kernels,decatt --backends sdpa_efficient,short
 
-peer: SimpleViT (simple_vit_peer.py) and this lab's model with the same weights, on the same images. One step = cutting patches, forward, cross-entropy, backward, fused AdamW. Before a variant is timed, its logits
-and gradients are held against the peer's in fp64: an error at most twice the peer's own in the same precision, or it is
+peer: SimpleViT (simple_vit_peer.py) and this lab's model with the same weights, on the same images. One step = cutting
+patches, forward, cross-entropy, backward, fused AdamW. Before a variant is timed, its logits and gradients are held
+against the peer's in fp64: an error at most twice the peer's own in the same precision, or it is
 `changed` and gets no time. The peer's linear layers of attention have no bias: ours are set to zero. It cuts a patch as
 (row, column, channel), we as (channel, row, column), so the weights that meet a patch's numbers are permuted. Under
 autocast its norms return fp32 and so does every sum after them: its residual stream is fp32, ours has 16 bits. Its
