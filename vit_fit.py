@@ -122,7 +122,7 @@ class Training:
         """AdamW, or Muon for the matrices of the blocks and AdamW for the rest; on the device."""
         groups = parameter_groups(self.model, self.settings.weight_decay)
         options = {"learning_rate": self.plan.learning_rate, "weight_decay": self.settings.weight_decay}
-        if self.settings.optimizer == "adamw":
+        if self.plan.optimizer == "adamw":
             return make_optimizer("adamw", groups, **options, device=self.device)
         matrices = hidden_matrices(self.model)
         mine = set(map(id, matrices))

@@ -36,9 +36,11 @@ SHAPE = (
 # Training by data set: what the sample takes on a laptop, and what a real set takes.
 RECIPES: dict[str, dict[str, Any]] = {
     "sample": {"model_size": "tiny", "batch_size": 100, "epochs": 22, "learning_rate": 2e-3, "warm_up_epochs": 2}
-    | {"augment_operations": 0, "crop_padding": 2, "label_smoothing": 0.0},
+    | {"optimizer": "adamw", "augment_operations": 0, "augment_magnitude": 9.0, "crop_padding": 2}
+    | {"label_smoothing": 0.0},
     "other": {"model_size": "small", "batch_size": 512, "epochs": 100, "learning_rate": 1e-3, "warm_up_epochs": 5}
-    | {"augment_operations": 2, "crop_padding": 4, "label_smoothing": 0.1},
+    | {"optimizer": "muon", "augment_operations": 2, "augment_magnitude": 9.0, "crop_padding": 4}
+    | {"label_smoothing": 0.1},
 }
 
 
@@ -58,6 +60,7 @@ class Plan:
     augmentation: Augmentation
     batch_size: int
     epochs: int
+    optimizer: str
     learning_rate: float
     warm_up_epochs: float
     decatt_weight: float
@@ -111,14 +114,14 @@ def make_plan(settings: Any, images: ImageSet) -> Plan:
         raise SettingsError(
             f"--warm_up_epochs {recipe['warm_up_epochs']:g} must be fewer than --epochs {recipe['epochs']}"
         )
-    if settings.augment_magnitude != Augmentation.magnitude and not recipe["augment_operations"]:
+    if settings.augment_magnitude is not None and not recipe["augment_operations"]:
         raise SettingsError("--augment_magnitude has no effect without --augment_operations")
     augmentation = Augmentation(
         flip=settings.flip,
         crop_padding=recipe["crop_padding"],
         rotation_degrees=settings.rotation_degrees,
         operations=recipe["augment_operations"],
-        magnitude=settings.augment_magnitude,
+        magnitude=recipe["augment_magnitude"],
         cutout=settings.cutout,
         mixup_alpha=settings.mixup_alpha,
         cutmix_alpha=settings.cutmix_alpha,
@@ -175,6 +178,7 @@ def make_plan(settings: Any, images: ImageSet) -> Plan:
         augmentation=augmentation,
         batch_size=recipe["batch_size"],
         epochs=recipe["epochs"],
+        optimizer=recipe["optimizer"],
         learning_rate=recipe["learning_rate"],
         warm_up_epochs=recipe["warm_up_epochs"],
         decatt_weight=weight,
@@ -290,7 +294,7 @@ def default_run_name(settings: Any, plan: Plan, data: str) -> str:
         parts += ["mixed", str(plan.tree.num_tokens), plan.scorer]
     elif plan.model.num_tokens != 64:
         parts += ["grid", str(plan.model.num_tokens)]
-    parts += [settings.optimizer] if settings.optimizer != "adamw" else []
+    parts += [settings.optimizer] if settings.optimizer else []
     if plan.decatt_weight:
         parts += ["decatt", f"{plan.decatt_weight:g}"]
     return "-".join(parts)

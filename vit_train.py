@@ -58,7 +58,7 @@ class Settings:
     crop_padding: int | None = setting(None, "pixels by which an image is shifted at most (default: 4, sample 2)")
     rotation_degrees: float = setting(0.0, "rotation by at most this angle")
     augment_operations: int | None = setting(None, "RandAugment: operations an image (default: 2, sample 0)")
-    augment_magnitude: float = setting(9.0, "RandAugment: their strength, 0 to 10")
+    augment_magnitude: float | None = setting(None, "RandAugment: their strength, 0 to 10 (default: 9)")
     cutout: int = setting(0, "side of a square that is blanked out, in pixels")
     mixup_alpha: float = setting(0.0, "blend pairs of images; 0 is off")
     cutmix_alpha: float = setting(0.0, "paste a box of one image into another; 0 is off")
@@ -103,7 +103,7 @@ class Settings:
     batch_size: int | None = setting(None, "images in a batch (default: 512, sample 100)")
     epochs: int | None = setting(None, "passes over the training images (default: 100, sample 22)")
     max_steps: int | None = setting(None, "stop after this many optimizer steps")
-    optimizer: str = setting("adamw", "muon: for the matrices of the blocks, with AdamW for the rest", OPTIMIZERS)
+    optimizer: str | None = setting(None, "muon: for the blocks' matrices alone (default; sample: adamw)", OPTIMIZERS)
     learning_rate: float | None = setting(None, "highest learning rate (default: 0.001, sample 0.002)")
     schedule: str = setting("cosine", "of the learning rate after the warm-up", SCHEDULES)
     warm_up_epochs: float | None = setting(None, "epochs in which the rate rises (default: 5, sample 2)")
@@ -148,11 +148,8 @@ def describe_run(settings: Settings, plan: Plan, data: ImageData, run: RunFolder
         model=asdict(plan.model),
         settings=asdict(settings),
         seeds=plan.seeds,
-        recipe={name: getattr(plan, name) for name in ("epochs", "learning_rate", "warm_up_epochs")}
-        | {
-            name: getattr(settings, name)
-            for name in ("optimizer", "schedule", "weight_decay", "average_decay", "gradient_clip")
-        }
+        recipe={name: getattr(plan, name) for name in ("epochs", "optimizer", "learning_rate", "warm_up_epochs")}
+        | {name: getattr(settings, name) for name in ("schedule", "weight_decay", "average_decay", "gradient_clip")}
         | {"augmentation": asdict(plan.augmentation)},
         tokens={"kind": plan.tokens, "image_size": plan.image_size, "patch_size": plan.patch_size}
         | {"scorer": plan.scorer, "tree": None if plan.tree is None else asdict(plan.tree)},

@@ -435,7 +435,7 @@ TRAINED = {  # read by the training itself
     "schedule": {"schedule": "constant", "warm_up_epochs": 0.2}, "weight_decay": {"weight_decay": 30},
     "gradient_clip": {"gradient_clip": 0.001}, "max_steps": {"max_steps": 7}, "log_every": {"log_every": 5},
     "validation_share": {"validation_share": 0.2}, "evaluate_every": {"evaluate_every": 2},
-    "average_decay": {"average_decay": 0.5}, "optimizer": {"optimizer": "muon"}, "tracked_steps": {"tracked_steps": 2},
+    "average_decay": {"average_decay": 0.5}, "optimizer": {"optimizer": "adamw"}, "tracked_steps": {"tracked_steps": 2},
 }  # fmt: skip
 ELSEWHERE = {  # tested with files, on a GPU, with studies, or by a test of their own above and below
     "dataset", "data_path", "download", "source_size", "cache_folder", "scorer_epochs", "use_compile", "compile_scope",
