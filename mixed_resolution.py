@@ -14,8 +14,8 @@ by its centre, how large it is by nothing.
 
 Why it saves: a transformer block of width d needs 24 K d^2 + 4 K^2 d operations forward and keeps activations in
 proportion to K, whatever S is. At 64 pixels K = 64 of 256 patches of 4 x 4 is a quarter of the activations of the fine
-grid and less than a quarter of its operations; the tokeniser adds a few passes over the pixels and a sort of some
-80 numbers an image for every scale that can be split.
+grid and less than a quarter of its operations; the tokeniser adds a few passes over the pixels and compares some 80
+numbers of an image with each other, once for every scale and once more.
 
 When it does not help: against a uniform grid of the same K nothing is saved, so a gain can only be accuracy. Images
 that were enlarged have no detail that a smaller patch could find, and images with detail everywhere have no place where

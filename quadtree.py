@@ -110,10 +110,13 @@ def children(grid: torch.Tensor) -> torch.Tensor:
     return grid.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
 
-def positions(order: torch.Tensor) -> torch.Tensor:
-    """(b, n) permutations as argsort gives them -> (b, n): at which position of the order each element is, from 0."""
-    places = torch.arange(order.shape[1], device=order.device).expand(order.shape)
-    return torch.empty_like(order).scatter_(1, order, places)
+def ranks(values: torch.Tensor) -> torch.Tensor:
+    """(b, n) -> (b, n) int64: how many values of the same row are smaller; equal ones share a rank.
+
+    Compares every pair instead of sorting: n^2 comparisons and, uncompiled, as many bytes for each row. Compiled, that
+    is one reduction, while the sort that Inductor writes in Triton is a network of exchanges, slow to compile.
+    """
+    return (values[:, None, :] < values[:, :, None]).sum(2)
 
 
 def select(importances: Sequence[torch.Tensor], tree: Quadtree) -> torch.Tensor:
@@ -127,8 +130,8 @@ def select(importances: Sequence[torch.Tensor], tree: Quadtree) -> torch.Tensor:
 
         (max(r_0 .. r_l), max(r_1 .. r_l), ..., r_l, 0, ..., 0)    for a node of level l whose path has the ranks r,
 
-    and the first m nodes in it are split. It takes as many sorts as there are scales that can be split; the only loops
-    are over scales, and nothing waits for the device.
+    and the first m nodes in it are split. Every rank is found by comparing all pairs of the nodes above min_patch, 80
+    of them in the lab's trees; the only loops are over scales, and nothing waits for the device.
 
     Args:
         importances: of each scale above min_patch, largest first: (b, (S / p)^2), row-major; must not be NaN.
@@ -151,9 +154,11 @@ def select(importances: Sequence[torch.Tensor], tree: Quadtree) -> torch.Tensor:
         return [part.unflatten(1, (side, side)) for part, side in zip(parts, sides, strict=True)]
 
     values = torch.cat(tuple(importances), 1)  # (b, nodes)
-    ranks = positions(values.argsort(dim=1, descending=True, stable=True)) + 1
+    places = torch.arange(values.shape[1], device=device)
+    earlier = (values[:, None, :] == values[:, :, None]) & (places < places[:, None])  # of equal ones
+    order = ranks(-values) + earlier.sum(2) + 1
     worst: list[list[torch.Tensor]] = []  # of each scale: max(r_j .. r_l) for j = 0 .. l
-    for rank in by_scale(ranks):
+    for rank in by_scale(order):
         above = [torch.maximum(children(column), rank) for column in worst[-1]] if worst else []
         worst.append([*above, rank])
     columns = [
@@ -161,14 +166,12 @@ def select(importances: Sequence[torch.Tensor], tree: Quadtree) -> torch.Tensor:
         for level in range(len(scales))
     ]
     keys = columns[-1]
-    for place, column in enumerate(reversed(columns[:-1])):
-        if place:  # back to numbers below the count of nodes, so that no product can overflow
-            keys = positions(keys.argsort(dim=1, stable=True))
-        keys = column * (values.shape[1] + 1) + keys  # no two are equal after the last column
-    last = keys.sort(dim=1).values[:, tree.splits - 1, None]
+    for column in reversed(columns[:-1]):
+        keys = column * (values.shape[1] + 1) + ranks(keys)  # ranks, so that no product can overflow
+    chosen = ranks(keys) < tree.splits  # no two keys are equal
 
-    leaves, there = [], torch.ones_like(ranks[:, : tree.roots], dtype=torch.bool).unflatten(1, (sides[0], sides[0]))
-    for split in by_scale(keys <= last):  # a node goes after its parent, so a split one has a split parent
+    leaves, there = [], torch.ones_like(chosen[:, : tree.roots]).unflatten(1, (sides[0], sides[0]))
+    for split in by_scale(chosen):  # a node goes after its parent, so a split one has a split parent
         leaves.append((there & ~split).flatten(1))
         there = children(split)
     leaves.append(there.flatten(1))
