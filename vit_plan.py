@@ -38,7 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sample": {"model_size": "tiny", "batch_size": 100, "epochs": 22, "learning_rate": 2e-3, "warm_up_epochs": 2}
     | {"optimizer": "adamw", "augment_operations": 0, "augment_magnitude": 9.0, "crop_padding": 2}
     | {"label_smoothing": 0.0},
-    "other": {"model_size": "small", "batch_size": 512, "epochs": 100, "learning_rate": 1e-3, "warm_up_epochs": 5}
+    "other": {"model_size": "small", "batch_size": 512, "epochs": 100, "learning_rate": 2e-3, "warm_up_epochs": 5}
     | {"optimizer": "muon", "augment_operations": 2, "augment_magnitude": 9.0, "crop_padding": 4}
     | {"label_smoothing": 0.1},
 }

@@ -104,7 +104,7 @@ class Settings:
     epochs: int | None = setting(None, "passes over the training images (default: 100, sample 22)")
     max_steps: int | None = setting(None, "stop after this many optimizer steps")
     optimizer: str | None = setting(None, "muon: for the blocks' matrices alone (default; sample: adamw)", OPTIMIZERS)
-    learning_rate: float | None = setting(None, "highest learning rate (default: 0.001, sample 0.002)")
+    learning_rate: float | None = setting(None, "highest learning rate (default: 0.002)")
     schedule: str = setting("cosine", "of the learning rate after the warm-up", SCHEDULES)
     warm_up_epochs: float | None = setting(None, "epochs in which the rate rises (default: 5, sample 2)")
     weight_decay: float = setting(0.05, "for matrices; norms, biases, positions have none")
