@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_patchtst import Case
-from plot_vit import CONTROL, COURSE, read_study, seeds_of, sibling_control, steady_minutes
+from plot_vit_studies import CONTROL, COURSE, read_study, seeds_of, sibling_control, steady_minutes
 from report_text import ROOT, markdown, place, plain, read_json, shown
 from utils import SettingsError, parse_settings, run_script, setting
 

@@ -9,6 +9,7 @@ import pytest
 
 import plot
 import plot_vit
+import plot_vit_studies
 from plot_vit import plot_run, plot_study
 from utils import SettingsError
 
@@ -180,15 +181,15 @@ def test_ablation_shows_seeds_control_course_and_failures(tmp_path):
     names = ["accuracy.png", "curves.png", "time.png", "head_correlation.png"]
     paths = plot_study(folder)
     assert [path.name for path in paths] == names and all(path.read_bytes()[:4] == PNG for path in paths)
-    _, cases = plot_vit.read_study(folder)
-    figure = plot_vit.ablation_accuracy(cases)
+    _, cases = plot_vit_studies.read_study(folder)
+    figure = plot_vit_studies.ablation_accuracy(cases)
     (ax,) = figure.axes
     assert [tick.get_text().split("\n")[0] for tick in ax.get_yticklabels()] == list(ABLATION)
     dots = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "o"]
     assert len(dots) == 9 and [[70, 4], [72, 4]] in dots
     assert [line.get_ydata()[0] for line in crosses(ax)] == [3]
     assert sorted(line.get_xdata()[0] for line in ax.lines if line.get_marker() == "X") == sorted(
-        course[0] for course in plot_vit.COURSE["cifar10"].values()
+        course[0] for course in plot_vit_studies.COURSE["cifar10"].values()
     )
     words = texts(figure)
     for expected in ("71.00 %", "oom", "75.18 (35 of 50 epochs)", "range of the control, small", "n = 2 seeds a case"):
@@ -201,7 +202,7 @@ def test_cost_is_shown_against_the_control(tmp_path):
     folder = write_study(
         tmp_path / "ablation-x", "ablation", ablation(large={"seconds": 2.0}, decatt={"status": "error"})
     )
-    figure = plot_vit.cost_figure(plot_vit.read_study(folder)[1])
+    figure = plot_vit_studies.cost_figure(plot_vit_studies.read_study(folder)[1])
     minutes, rate, peak = figure.axes
     assert [len(crosses(ax)) for ax in figure.axes] == [1, 1, 1]
     assert "2.1 (x 2.00)" in texts(figure).replace("2.100", "2.1") and "500.0 (x 0.50)" in texts(figure)
@@ -210,12 +211,12 @@ def test_cost_is_shown_against_the_control(tmp_path):
 
 def test_curves_and_correlation_of_a_study(tmp_path):
     folder = write_study(tmp_path / "ablation-x", "ablation", ablation(flash={"status": "unsupported"}))
-    cases = plot_vit.read_study(folder)[1]
-    left, right = plot_vit.curves_figure(cases).axes
+    cases = plot_vit_studies.read_study(folder)[1]
+    left, right = plot_vit_studies.curves_figure(cases).axes
     lines = {line.get_label(): line.get_ydata() for line in left.lines}
     assert list(lines["small"]) == pytest.approx([100 * (0.79 + 0.1 - 0.2 / epoch) for epoch in (1, 2, 3)])
     assert "flash: unsupported" in lines and len(lines) == 10 and "loss" in right.get_ylabel()
-    left, right = plot_vit.study_correlation(cases).axes
+    left, right = plot_vit_studies.study_correlation(cases).axes
     lines = {line.get_label(): line.get_ydata() for line in left.lines}
     assert list(lines["small"]) == pytest.approx([0.04, 0.06]) and list(lines["decatt"]) == pytest.approx([4e-4, 6e-4])
     assert lines[f"random heads, 1 / (tokens x head dim) = {1 / 65 / 64:.1e}"][0] == pytest.approx(1 / 65 / 64)
@@ -237,12 +238,12 @@ def token_cases() -> dict[str, dict]:
 def test_tokens_stand_by_number_and_scorer(tmp_path):
     folder = write_study(tmp_path / "tokens-cifar10", "tokens", token_cases())
     assert [path.name for path in plot_study(folder)] == ["accuracy.png", "time.png"]
-    cases = plot_vit.read_study(folder)[1]
-    (ax,) = plot_vit.tokens_accuracy(cases).axes
+    cases = plot_vit_studies.read_study(folder)[1]
+    (ax,) = plot_vit_studies.tokens_accuracy(cases).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["regular grid"] == [[36, pytest.approx(37)], [49, pytest.approx(50)]]
     assert len(crosses(ax)) == 1 and "mixed-49-random: oom" in texts(ax.figure)
-    (ax,) = plot_vit.tokens_time(cases).axes
+    (ax,) = plot_vit_studies.tokens_time(cases).axes
     bars = [(bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in ax.patches]
     assert (0, 0, 10) in bars and (0, 10, 2.5) in bars and len(bars) == 8 and len(crosses(ax)) == 1
     assert "34 tokens\nmixed-34" in texts(ax.figure) and "ms" in ax.get_ylabel()
@@ -252,12 +253,12 @@ def test_weights_stand_beside_the_control_of_the_ablation(tmp_path):
     options = {f"weight-{weight}": {"weight": float(weight)} for weight in (1, 10)}
     options |= {"weight-100": {"status": "error"}, "weight-10-first-3": {"weight": 10.0}}
     folder = write_study(tmp_path / "decatt-cifar10", "decatt", options)
-    assert plot_vit.sibling_control(folder) is None
+    assert plot_vit_studies.sibling_control(folder) is None
     assert [path.name for path in plot_study(folder)] == ["weights.png", "head_correlation.png"]
     write_study(tmp_path / "ablation-cifar10", "ablation", ablation(flash={"accuracies": (0.6, 0.62)}))
-    control = plot_vit.sibling_control(folder)
+    control = plot_vit_studies.sibling_control(folder)
     assert control.name == "flash"
-    figure = plot_vit.weights_figure(plot_vit.read_study(folder)[1], control)
+    figure = plot_vit_studies.weights_figure(plot_vit_studies.read_study(folder)[1], control)
     left, right = figure.axes
     lines = {line.get_label(): line for line in left.lines}
     assert lines["every layer"].get_xydata().tolist() == [[1, pytest.approx(79)], [10, pytest.approx(79)]]
