@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from run_folder import RunFolder, StopRequest, check_writable, write_atomically
+from run_folder import RunFolder, StopRequest, check_writable, command_line, write_atomically
 from utils import SettingsError
 
 HERE = Path(__file__).parent
@@ -197,7 +197,12 @@ def conclude(job: Job, folder: Path, environment: dict, *, timed_out: str | None
     if info is None:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
-        run.info = {"experiment": folder.name, "run_name": case.name, **environment, "argv": job.process.args}
+        run.info = {
+            "experiment": folder.name,
+            "run_name": case.name,
+            **environment,
+            "argv": [case.script, *job.process.args[2:]],
+        }
         run.info["settings"] = dict(case.flags)
     else:
         run.info = info
@@ -309,7 +314,7 @@ def gpu_environment(gpu: str | None, flags: str) -> dict[str, Any]:
     if process.returncode != 0:
         reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise SettingsError(f"{flags}: {reason}")
-    return json.loads(process.stdout) | {"argv": sys.argv}
+    return json.loads(process.stdout) | {"argv": command_line()}
 
 
 @contextmanager

@@ -128,6 +128,11 @@ class RunFolder:
             ) from None
 
 
+def command_line() -> list[str]:
+    """The words this script was called with; of its own path the name alone."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to judge a number: device, versions, git commit, command line and start time (UTC)."""
 
@@ -148,7 +153,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {
-        "argv": sys.argv,
+        "argv": command_line(),
         "device": device.type,
         "device_name": device_name(device),
         "device_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 2)

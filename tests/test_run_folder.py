@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,11 @@ def test_environment_is_json_and_names_this_machine():
     assert info["device"] == "cpu" and info["torch_version"] == torch.__version__ and info["cuda_version"] is None
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", info["started_at"])
     assert info["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", info["git_commit"])
+
+
+def test_environment_has_the_command_without_the_scripts_own_folder(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "--data_path", "a/b.npz"])
+    assert describe_environment(CPU)["argv"] == ["train.py", "--data_path", "a/b.npz"]
 
 
 def test_environment_without_git(monkeypatch):
