@@ -16,6 +16,7 @@ import llm_train
 import patchtst_benchmark
 import patchtst_plan
 import patchtst_train
+import plot_vit_studies
 import report_comparison
 import time_series_dataset
 import vit_benchmark
@@ -94,6 +95,61 @@ def test_what_the_readme_says_about_decatt_alone():
     assert words.format(*(ms[name] for name in (*names, "with the term", "with the textbook term"))) in README
     saved = rows["with the textbook term"]["peak_gib"] - rows["with the term"]["peak_gib"]
     assert f"needs {saved:.3f} GiB less" in README
+
+
+def vit_results(*names: str) -> dict:
+    """What outputs/vit says about a run."""
+    return json.loads((ROOT / "outputs" / "vit").joinpath(*names, "run.json").read_text())["results"]
+
+
+def test_what_the_readme_says_about_the_vit_ablation():
+    """Sentences beside the generated table."""
+    study = ROOT / "outputs" / "vit" / "ablation-cifar10"
+    found = {path.parent.name: vit_results(study.name, path.parent.name) for path in study.glob("*/run.json")}
+    small, large, flash = found["small"], found["large"], found["flash"]
+    decatt, both, mixed = found["decatt"], found["decatt+flash"], found["mixed"]
+    points = {name: 100 * (own["test_accuracy"] - small["test_accuracy"]) for name, own in found.items()}
+    farthest = max(abs(points[name]) for name in found if name not in ("large", "small"))
+    words = (
+        f"The control reaches {100 * small['test_accuracy']:.2f} %, and every combination lies within {farthest:.2f}"
+    )
+    assert words in README
+
+    def seeds(own: dict) -> list[float]:
+        return [row["test_accuracy"] for row in own["seeds"]]
+
+    apart = {
+        name
+        for name, own in found.items()
+        if max(seeds(own)) < min(seeds(small)) or min(seeds(own)) > max(seeds(small))
+    }
+    assert apart == {"flash", "decatt+flash"}
+    assert all(len(seeds(own)) == 3 for own in found.values())
+    minutes = [sum(plot_vit_studies.steady_minutes(own)) for own in (large, small)]
+    peaks = [own["peak_allocated_gib"] for own in (large, small, flash, decatt)]
+    words = (
+        "the wide model is {:.2f} points above the control, which its three seeds do not tell from noise, and takes "
+    )
+    words += "{:.2f} times the time and {:.2f} times the memory"
+    assert words.format(points["large"], minutes[0] / minutes[1], peaks[0] / peaks[1]) in README
+    course = {name: row[:2] for name, row in plot_vit_studies.COURSE["cifar10"].items()}
+    assert f"saw DeCAtt {course['decatt'][0] - course['large'][0]:.2f} points above its baseline" in README
+    assert f"({course['large'][1]} against {course['flash'][1]} s an epoch)" in README
+    words = f"{flash['images_per_s'] / small['images_per_s']:.2f} times the images/s of textbook attention at equal "
+    assert f"{words}precision, and a peak of {peaks[2]:.2f} instead of {peaks[1]:.2f} GiB" in README
+    squares = [own["head_correlation_squares"] for own in (small, decatt)]
+    words = "C^2 falls from {:.1e} to {:.1e} (random outputs have {:.1e}), for {:.0f} % more time and {:.3f} GiB with"
+    slower = [decatt["step_ms_median"] / small["step_ms_median"], both["step_ms_median"] / flash["step_ms_median"]]
+    assert words.format(*squares, 1 / (65 * 64), 100 * (slower[0] - 1), peaks[3] - peaks[1]) in README
+    assert f"textbook attention, {100 * (slower[1] - 1):.0f} % and nothing with flash" in README
+    assert both["peak_allocated_gib"] - peaks[2] < 0.001
+    assert f"with a mean |C| of {small['head_correlation_magnitudes']:.3f}" in README
+    key = "test_accuracy_without_a_redundant_head"
+    with_it, without = ([100 * own["test_accuracy"], 100 * own[key]] for own in (decatt, small))
+    words = "with it ({:.1f} to {:.1f} %) as without ({:.1f} to {:.1f} %)"
+    assert words.format(*with_it, *without) in README
+    words = "cutting takes {:.2f} ms beside a step of {:.1f} ms"
+    assert words.format(mixed["tokenise_ms_median"], mixed["step_ms_median"]) in README
 
 
 def test_what_the_readme_says_about_patchtst():
