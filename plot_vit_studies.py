@@ -446,7 +446,7 @@ def weights_figure(cases: Sequence[Case], control: Case | None) -> Figure:
     groups = by_kind(cases, is_first_layers)
     for first, own in groups.items():
         own = sorted(own, key=weight_of)
-        layers = next((case.info["model"].get("decorrelated_layers") for case in own if case.info), "?")
+        layers = next((case.info["model"].get("decorrelated_layers") for case in own if case.info.get("model")), "?")
         words = f"first {layers} layers" if first else "every layer"
         colour, marker, by = (ORANGE, "D", 1.12) if first else (BLUE, "o", 1.0)
         seed_points(left, own, lambda case, by=by: by * weight_of(case), words, color=colour, marker=marker)
