@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from image_formats import LARGEST
+from image_set import LARGEST
 from utils import SettingsError
 
 # --------------------------------------------------------------------------------------------------------------------

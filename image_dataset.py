@@ -28,7 +28,8 @@ import torch
 from PIL import Image
 
 from image_augmentation import Augmentation, augment, draw_mixing, draw_numbers
-from image_formats import LARGEST, SMALLEST, ImageSet, as_pixels, cached, check_images, describe, read_path, reason_of
+from image_formats import as_pixels, read_path
+from image_set import LARGEST, SMALLEST, ImageSet, cached, check_images, describe, reason_of
 from run_folder import check_writable
 from sample_images import sample_images
 from utils import SettingsError, device_name, parse_settings, run_script, setting

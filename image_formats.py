@@ -1,11 +1,12 @@
-"""Image files for classification: read CIFAR's binary version, .npz files and folders, check them, cache the decoded.
+"""Image files for classification: read CIFAR's binary version, .npz files and folders.
 
     from image_formats import read_path
     images, words, sha256 = read_path(Path("cifar-10-binary.tar.gz"), None, ".cache/images")
 
 Every format ends as one ImageSet: squares of one size as bytes, (n, 3, size, size), and labels. JPEG bytes and the
-files of a folder are decoded once, in threads, and kept uncompressed under the SHA-256 of their content. Nothing is
-unpacked to the disk, no pickle is loaded, and whatever is missing, damaged or too large is an error of one sentence.
+files of a folder are decoded once (image_decoding.py) and kept under the SHA-256 of their content (image_set.py).
+Nothing is unpacked to the disk, no pickle is loaded, and whatever is missing, damaged or too large is an error of one
+sentence.
 
 It does not help where images must keep their own sizes: those of a folder are cut to their middle square and resized.
 
@@ -14,22 +15,14 @@ Source: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images (
 
 import hashlib
 import io
-import os
-import struct
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from run_folder import check_writable
+from image_decoding import decode_files, decode_jpegs
+from image_set import ARCHIVE_ERRORS, ImageSet, cached, check_images, reason_of
 from utils import SettingsError
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -40,317 +33,11 @@ PICKLE_FILES = {*(f"data_batch_{number}" for number in range(1, 6)), "test_batch
 PICKLE_FILES_100 = {"train", "test", "meta"}  # all three together
 PIXELS = 3 * 32 * 32  # bytes of an image in a binary file
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-SMALLEST, LARGEST = 8, 512  # pixels a side
-LARGEST_PICTURE = 4096 * 4096  # pixels of a file that is resized
 LARGEST_MEMBER = 8 * 2**30  # bytes of the content of an archive
 NPZ_ARRAYS = (
     *(f"{split}_{part}" for split in ("train", "test") for part in ("images", "jpeg", "offsets", "labels")),
     "class_names",
 )
-CACHE_FORMAT = 1
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-ARCHIVE_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    SyntaxError,
-    MemoryError,
-    NotImplementedError,
-    RuntimeError,
-    IndexError,
-    TypeError,
-    zlib.error,
-    struct.error,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-)
-
-
-@dataclass
-class ImageSet:
-    """Images as they were read.
-
-    Attributes:
-        train_images, test_images: (n, 3, size, size) uint8, RGB.
-        train_labels, test_labels: (n,) int64.
-        class_names: the classes' names in the order of the labels.
-        source: what it is, for run.json: name, description, generated, sha256 (of the file; of a folder's names and
-            contents; None for the sample and the hub), classes, image_size, train_images, test_images.
-    """
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    class_names: list[str]
-    source: dict[str, Any]
-
-    @property
-    def image_size(self) -> int:
-        """Pixels a side."""
-        return self.train_images.shape[-1]
-
-
-def describe(images: ImageSet, name: str, title: str, generated: bool, sha256: str | None) -> dict[str, Any]:
-    """`ImageSet.source`: the fields that run.json takes."""
-    train, test, size = len(images.train_images), len(images.test_images), images.image_size
-    return {
-        "name": name,
-        "description": f"{title}: {train:,} train and {test:,} test images of {size} x {size}, "
-        f"{len(images.class_names)} classes",
-        "generated": generated,
-        "sha256": sha256,
-        "classes": len(images.class_names),
-        "image_size": size,
-        "train_images": train,
-        "test_images": test,
-    }
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Checks, and what is cached
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def reason_of(error: BaseException) -> str:
-    """An error's text in one line."""
-    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return text.rstrip(".")[:200]
-
-
-def check_images(images: ImageSet, name: str) -> None:
-    """Check shapes, counts and labels.
-
-    Raises:
-        SettingsError: one sentence that begins with `name`.
-    """
-    classes = len(images.class_names)
-    if classes < 2 or len(np.unique(images.train_labels)) < 2:
-        raise SettingsError(f"{name}: the training images are of one class only, and at least two are needed")
-    if len(set(images.class_names)) < classes:
-        raise SettingsError(f"{name}: class_names holds a name twice")
-    size = images.train_images.shape[-1]
-    for split, pixels, labels in (
-        ("train", images.train_images, images.train_labels),
-        ("test", images.test_images, images.test_labels),
-    ):
-        if len(pixels) == 0:
-            raise SettingsError(f"{name}: there is no {split} image")
-        if len(pixels) != len(labels):
-            raise SettingsError(f"{name}: there are {len(pixels):,} {split} images and {len(labels):,} {split} labels")
-        if pixels.shape[2] != pixels.shape[3] or not SMALLEST <= pixels.shape[2] <= LARGEST:
-            raise SettingsError(
-                f"{name}: the {split} images are {pixels.shape[2]} x {pixels.shape[3]}, not a square of {SMALLEST} to "
-                f"{LARGEST} pixels a side"
-            )
-        if pixels.shape[-1] != size:
-            raise SettingsError(f"{name}: train images are {size} x {size} and test images {pixels.shape[-1]}")
-        bad = np.flatnonzero((labels < 0) | (labels >= classes))
-        if len(bad):
-            raise SettingsError(
-                f"{name}: label {labels[bad[0]]} of {split} image {bad[0]:,} is not one of 0 to {classes - 1}"
-            )
-
-
-def cached(cache_folder: str, key: str, make: Callable[[], ImageSet]) -> ImageSet:
-    """The images from cache_folder/key.npz, or made now and kept there; a damaged cache is made anew.
-
-    Args:
-        cache_folder: where the file is kept, uncompressed.
-        key: its name, which stands for the source's content.
-        make: reads or decodes the images and checks them.
-
-    Raises:
-        SettingsError: the folder cannot be written to, or what `make` raises.
-    """
-    path = Path(cache_folder) / f"{key}.npz"
-    if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as content:  # the zip's checksums are compared
-                if int(content["format"]) != CACHE_FORMAT:
-                    raise ValueError("another format")
-                names = [str(name) for name in content["class_names"]]
-                arrays = [content[f"{split}_{part}"] for split in ("train", "test") for part in ("images", "labels")]
-            if [array.dtype for array in arrays] != [np.uint8, np.int64] * 2 or arrays[0].ndim != 4:
-                raise ValueError("other arrays")
-            images = ImageSet(*arrays, names, {})
-            check_images(images, str(path))
-            return images
-        except ARCHIVE_ERRORS:
-            print(f"image cache {path} is damaged or foreign: making it again")
-    check_writable(Path(cache_folder), "--cache_folder")
-    images = make()
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                format=CACHE_FORMAT,
-                class_names=np.array(images.class_names, dtype=np.str_),
-                train_images=images.train_images,
-                train_labels=images.train_labels,
-                test_images=images.test_images,
-                test_labels=images.test_labels,
-            )
-        temporary.replace(path)
-    except OSError as error:
-        raise SettingsError(f"--cache_folder {cache_folder}: writing failed ({reason_of(error)})") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    return images
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Decoding
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def decode_all(count: int, size: int, decode: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Decode images in threads.
-
-    Args:
-        count: of images.
-        size: pixels a side.
-        decode: gives image i as (size, size, 3) uint8, or raises a SettingsError.
-
-    Returns:
-        (count, 3, size, size) uint8.
-    """
-    pixels = np.empty((count, 3, size, size), dtype=np.uint8)
-    block = 64
-
-    def work(begin: int) -> None:
-        for number in range(begin, min(begin + block, count)):
-            pixels[number] = decode(number).transpose(2, 0, 1)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        try:
-            for _ in pool.map(work, range(0, count, block)):
-                pass
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return pixels
-
-
-def open_picture(content: Any, formats: Sequence[str], name: str) -> Image.Image:
-    """Open an encoded image and check its header; its pixels are not decoded yet.
-
-    Args:
-        content: a file object.
-        formats: that are taken, as PIL names them.
-        name: of the image, for messages.
-
-    Raises:
-        SettingsError: it is none of these formats, far too large, or its pixels are not bytes.
-    """
-    try:
-        picture = Image.open(content, formats=list(formats))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise SettingsError(f"{name} is far larger than 4096 x 4096 pixels; shrink it first") from None
-    except DECODE_ERRORS:
-        raise SettingsError(f"{name} is broken or no {' or '.join(formats)} image") from None
-    if picture.width * picture.height > LARGEST_PICTURE:
-        raise SettingsError(
-            f"{name} has {picture.width:,} x {picture.height:,} pixels, more than 4096 x 4096; shrink it first"
-        )
-    if picture.mode[0] in "IF":
-        raise SettingsError(f"{name} does not have 8 bits a channel (mode {picture.mode}); convert it first")
-    return picture
-
-
-def decode_jpegs(content: np.ndarray, offsets: np.ndarray, split: str, name: str) -> np.ndarray:
-    """The images of JPEG bytes that lie one after the other.
-
-    Args:
-        content: (bytes,) uint8.
-        offsets: (n + 1,) image i is content[offsets[i] : offsets[i + 1]].
-        split: train or test, for messages.
-        name: of the file, for messages.
-
-    Returns:
-        (n, 3, size, size) uint8, RGB.
-
-    Raises:
-        SettingsError: offsets that do not rise or leave the bytes; a broken image, or one of another size, by number.
-    """
-    if content.dtype != np.uint8 or content.ndim != 1:
-        raise SettingsError(f"{name}: {split}_jpeg is {content.dtype} of {content.ndim} dimensions, not bytes in a row")
-    if offsets.dtype.kind not in "iu" or offsets.ndim != 1 or len(offsets) < 2:
-        raise SettingsError(f"{name}: {split}_offsets must be whole numbers in a row, one more than images")
-    offsets = offsets.astype(np.int64)
-    if offsets[0] < 0 or offsets[-1] > len(content) or (np.diff(offsets) <= 0).any():
-        raise SettingsError(f"{name}: {split}_offsets must rise and stay within the {len(content):,} bytes of JPEG")
-
-    def opened(number: int) -> Image.Image:
-        encoded = io.BytesIO(content[offsets[number] : offsets[number + 1]].tobytes())
-        return open_picture(encoded, ["JPEG"], f"{name}: {split} image {number:,}")
-
-    width, height = opened(0).size
-    if width != height or not SMALLEST <= width <= LARGEST:
-        raise SettingsError(
-            f"{name}: {split} image 0 is {width} x {height}, not a square of {SMALLEST} to {LARGEST} pixels a side"
-        )
-
-    def decode(number: int) -> np.ndarray:
-        picture = opened(number)
-        if picture.size != (width, width):
-            raise SettingsError(
-                f"{name}: {split} image {number:,} is {picture.width} x {picture.height} and image 0 {width} x {width}"
-            )
-        try:
-            return np.asarray(picture.convert("RGB"))
-        except DECODE_ERRORS as error:
-            raise SettingsError(f"{name}: {split} image {number:,} is broken ({reason_of(error)})") from None
-
-    return decode_all(len(offsets) - 1, width, decode)
-
-
-def decode_files(paths: Sequence[Path], size: int) -> np.ndarray:
-    """Image files, cut to their middle square and resized (bilinear with antialiasing): (n, 3, size, size) uint8, RGB.
-
-    They are turned as their EXIF data says; what is transparent becomes black.
-
-    Raises:
-        SettingsError: a file that is broken or far too large, by name.
-    """
-
-    def decode(number: int) -> np.ndarray:
-        name = f"--data_path: {paths[number]}"
-        with paths[number].open("rb") as file:  # an error of PIL would leave a file open that it opened itself
-            opened = open_picture(file, ["PNG", "JPEG", "BMP", "WEBP"], name)
-            try:
-                picture = ImageOps.exif_transpose(opened)
-                if "A" in picture.getbands() or "transparency" in picture.info:
-                    picture = picture.convert("RGBA")
-                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-                picture = picture.convert("RGB")
-            except DECODE_ERRORS as error:
-                raise SettingsError(f"{name} is broken ({reason_of(error)})") from None
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-        return np.asarray(picture if side == size else picture.resize((size, size), Image.Resampling.BILINEAR))
-
-    return decode_all(len(paths), size, decode)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Reading: CIFAR's binary version, .npz files, image folders
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def refuse_pickle(name: str) -> SettingsError:

@@ -10,7 +10,7 @@ says that training works, and nothing about photographs.
 
 import numpy as np
 
-from image_formats import LARGEST, SMALLEST, ImageSet, describe
+from image_set import LARGEST, SMALLEST, ImageSet, describe
 from utils import SettingsError
 
 SHAPES = ("disc", "square", "triangle", "cross", "ring")

@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 
 import image_dataset
+import image_decoding
 import image_formats
+import image_set
 from image_augmentation import Augmentation, augment, draw_mixing, draw_numbers
 from image_dataset import channel_statistics, load_images, split_images
-from image_formats import ImageSet
+from image_set import ImageSet
 from sample_images import sample_images
 from utils import SettingsError
 
@@ -577,7 +579,7 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_anew(tmp_path, monkeypatch,
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_formats, "decode_all", refuse)
+        patch.setattr(image_decoding, "decode_all", refuse)
         again = load(path, cache)
         assert np.array_equal(again.train_images, first.train_images) and again.source == first.source
         assert again.class_names == first.class_names and np.array_equal(again.test_labels, first.test_labels)
@@ -617,7 +619,7 @@ def numbered(train: int = 200, test: int = 20, classes: int = 4) -> ImageSet:
     pixels[:, 0, 0, 0] = np.arange(train + test) % 256
     pixels[:, 1, 0, 0] = np.arange(train + test) // 256
     images = ImageSet(pixels[:train], labels, pixels[train:], np.arange(test) % classes, list("abcd"[:classes]), {})
-    images.source = image_formats.describe(images, "numbered", "numbered", True, None)
+    images.source = image_set.describe(images, "numbered", "numbered", True, None)
     return images
 
 
@@ -688,7 +690,7 @@ def test_pictures_are_turned_as_they_say_and_what_is_transparent_is_black(tmp_pa
     turned.save(tmp_path / "turned.png", exif=exif)
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("RGBA", (8, 8), (255, 0, 0, 255)).save(tmp_path / "red.png")
-    found = image_formats.decode_files([tmp_path / f"{name}.png" for name in ("turned", "clear", "red")], 8)
+    found = image_decoding.decode_files([tmp_path / f"{name}.png" for name in ("turned", "clear", "red")], 8)
     assert found[0, 0, :, 4:].min() == 255 and found[0, 0, :, :4].max() == 0
     assert found[1].max() == 0 and found[2, 0].min() == 255 and found[2, 1:].max() == 0
 
