@@ -18,19 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 import plot
-from plot import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    Run,
-    caption,
-    memory_figure,
-    read_run,
-    run_figure,
-    save,
-)
+from plot import BLUE, GREEN, GREY, ORANGE, RED, Run, caption, memory_figure, read_run, run_figure, save
 from plot_vit_studies import (
     ablation_accuracy,
     blank_figure,

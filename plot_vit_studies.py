@@ -15,17 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import plot
-from plot import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    Run,
-    caption,
-    new_figure,
-    short,
-)
+from plot import BLUE, GREEN, GREY, ORANGE, RED, Run, caption, new_figure, short
 from plot_patchtst import LINE_COLOURS, Case, read_experiment
 from utils import SettingsError
 

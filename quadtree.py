@@ -155,8 +155,9 @@ def select(importances: Sequence[torch.Tensor], tree: Quadtree) -> torch.Tensor:
 
     values = torch.cat(tuple(importances), 1)  # (b, nodes)
     places = torch.arange(values.shape[1], device=device)
-    earlier = (values[:, None, :] == values[:, :, None]) & (places < places[:, None])  # of equal ones
-    order = ranks(-values) + earlier.sum(2) + 1
+    others, own = values[:, None, :], values[:, :, None]
+    before = (others > own) | ((others == own) & (places < places[:, None]))  # (b, nodes, nodes)
+    order = before.sum(2) + 1
     worst: list[list[torch.Tensor]] = []  # of each scale: max(r_j .. r_l) for j = 0 .. l
     for rank in by_scale(order):
         above = [torch.maximum(children(column), rank) for column in worst[-1]] if worst else []

@@ -24,13 +24,13 @@ import torch
 
 import case_runner
 from case_runner import Case, given_flags, split_list
-from image_formats import ImageSet
+from image_set import ImageSet
 from run_folder import describe_environment
 from utils import SettingsError
 from vit_plan import check_numbers
 
 SEEDS = "0,1,2"
-EPOCHS = 50  # as in the course project
+EPOCHS = {"ablation": 50, "tokens": 30, "decatt": 50}  # 50 as in the course project
 DECATT_WEIGHT = 10
 PLACE = ("output_folder", "experiment", "run_name", "config", "figures", "gpus", "only", "cache_folder")
 LAPTOP = {"model_size": "tiny"}  # without a GPU; the shape of the study would take days
@@ -42,7 +42,7 @@ def make_cases(name: str, settings: Any, gpu: bool, common: dict[str, str], side
     """Every case of a study in order; `common` are the flags given by hand, `side` that of the data's images."""
     cases: list[Case] = []
     base: dict[str, Any] = (
-        {"epochs": EPOCHS, "use_compile": "true", "use_cuda_graphs": "true", "seeds": SEEDS, "log_every": 50}
+        {"epochs": EPOCHS[name], "use_compile": "true", "use_cuda_graphs": "true", "seeds": SEEDS, "log_every": 50}
         if gpu
         else LAPTOP
     )

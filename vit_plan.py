@@ -15,7 +15,7 @@ import checkpointing
 from attention_support import FULL, choose_backend, choose_flash_backend, unsupported_reason
 from cuda_graphs import unsupported_reason as cuda_graphs_refusal
 from image_augmentation import Augmentation
-from image_formats import ImageSet
+from image_set import ImageSet
 from mixed_resolution import SCORERS, STRIDE
 from precision import AUTOCAST_DTYPES, set_precision
 from precision import unsupported_reason as precision_refusal
@@ -36,11 +36,9 @@ SHAPE = (
 # Training by data set: what the sample takes on a laptop, and what a real set takes.
 RECIPES: dict[str, dict[str, Any]] = {
     "sample": {"model_size": "tiny", "batch_size": 100, "epochs": 22, "learning_rate": 2e-3, "warm_up_epochs": 2}
-    | {"optimizer": "adamw", "augment_operations": 0, "augment_magnitude": 9.0, "crop_padding": 2}
-    | {"label_smoothing": 0.0},
+    | {"optimizer": "adamw", "augment_operations": 0, "crop_padding": 2, "label_smoothing": 0.0},
     "other": {"model_size": "small", "batch_size": 512, "epochs": 100, "learning_rate": 2e-3, "warm_up_epochs": 5}
-    | {"optimizer": "muon", "augment_operations": 2, "augment_magnitude": 9.0, "crop_padding": 4}
-    | {"label_smoothing": 0.1},
+    | {"optimizer": "muon", "augment_operations": 2, "crop_padding": 4, "label_smoothing": 0.1},
 }
 
 
@@ -121,7 +119,7 @@ def make_plan(settings: Any, images: ImageSet) -> Plan:
         crop_padding=recipe["crop_padding"],
         rotation_degrees=settings.rotation_degrees,
         operations=recipe["augment_operations"],
-        magnitude=recipe["augment_magnitude"],
+        magnitude=Augmentation.magnitude if settings.augment_magnitude is None else settings.augment_magnitude,
         cutout=settings.cutout,
         mixup_alpha=settings.mixup_alpha,
         cutmix_alpha=settings.cutmix_alpha,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import attention_benchmark
+import case_runner
 import compare_techniques
 import llm_train
 import patchtst_benchmark
@@ -20,6 +22,7 @@ import plot_vit_studies
 import report_comparison
 import time_series_dataset
 import vit_benchmark
+import vit_experiments
 import vit_plan
 import vit_train
 from sample_images import sample_images
@@ -146,10 +149,56 @@ def test_what_the_readme_says_about_the_vit_ablation():
     assert f"with a mean |C| of {small['head_correlation_magnitudes']:.3f}" in README
     key = "test_accuracy_without_a_redundant_head"
     with_it, without = ([100 * own["test_accuracy"], 100 * own[key]] for own in (decatt, small))
-    words = "with it ({:.1f} to {:.1f} %) as without ({:.1f} to {:.1f} %)"
-    assert words.format(*with_it, *without) in README
+    drawn = [100 * own["test_accuracy_without_a_random_head"] for own in (decatt, small)]
+    words = "with it ({:.1f} to {:.1f} %) than without ({:.1f} to {:.1f} %), and a head drawn at random costs about as "
+    words += "much (to {:.1f} and {:.1f} %)"
+    assert words.format(*with_it, *without, *drawn) in README
+    steps = [[row["step_ms_median"] for row in own["seeds"]] for own in found.values()]
+    assert f"between seeds (up to {100 * max(max(own) / min(own) - 1 for own in steps):.1f} %)" in README
+    assert f"The first step of `mixed` took {mixed['seeds'][0]['first_step_ms'] / 1000:.0f} s" in README
+    variances = [statistics.variance(seeds(own)) for own in found.values()]
+    seen = 100 * 2.12 * (sum(variances) / len(variances) * 2 / 3) ** 0.5  # Student's t, 16 degrees of freedom, 95 %
+    assert f"can show differences of about {seen:.1f} points" in README
+    pairs = [("decatt+mixed", "decatt"), ("decatt+mixed+flash", "decatt+flash"), ("mixed+flash", "flash")]
+    longer = [course[tokens][1] / course[without][1] for tokens, without in pairs]
+    assert (round(min(longer)), round(max(longer))) == (4, 8) and "took four to eight times as long" in README
     words = "cutting takes {:.2f} ms beside a step of {:.1f} ms"
     assert words.format(mixed["tokenise_ms_median"], mixed["step_ms_median"]) in README
+
+
+def test_what_the_readme_says_about_fewer_tokens_and_long_runs():
+    few, same, many, mixed = (
+        vit_results("tokens-cifar10", name) for name in ("grid-36", "grid-49", "grid-64", "mixed-49")
+    )
+    work, time = (
+        few["seeds"][0]["flops_per_image"] / many["seeds"][0]["flops_per_image"],
+        few["step_ms_median"] / many["step_ms_median"],
+    )
+    assert f"(36 instead of 64: {100 * work:.0f} % of the operations, {100 * time:.0f} % of the step's time)" in README
+    whole = [own["step_ms_median"] + own["tokenise_ms_median"] for own in (mixed, same)]
+    below = 100 * (same["test_accuracy"] - mixed["test_accuracy"])
+    assert max(row["test_accuracy"] for row in mixed["seeds"]) > min(row["test_accuracy"] for row in same["seeds"])
+    words = (
+        "49 mixed tokens are {:.2f} points below a regular grid of 49, in overlapping ranges, for {:.2f} instead of "
+    )
+    assert (words + "{:.2f} ms with cutting").format(below, *whole) in README
+    long = {
+        path.parent.name: vit_results(path.parent.name) for path in (ROOT / "outputs" / "vit").glob("best*/run.json")
+    }
+    assert len(long) == 3 and max(own["test_accuracy"] for own in long.values()) < 0.93
+    assert min(long, key=lambda name: long[name]["test_accuracy"]) == "best-b"
+    assert max(long, key=lambda name: long[name]["validation_accuracy"]) == "best-c"
+    assert f"`best-c` gains nothing after epoch {long['best-c']['seeds'][0]['best_epoch']}" in README
+
+
+@pytest.mark.parametrize("study", ["ablation", "tokens", "decatt"])
+def test_the_studies_commands_do_not_run_committed_cases_again(study):
+    settings = parse_settings(vit_train.Settings, ["--dataset", "cifar10", "--data_path", "cifar10.npz"])
+    folder = ROOT / vit_experiments.folder_of(study, settings)
+    given = case_runner.given_flags(settings, vit_experiments.PLACE)
+    cases = vit_experiments.make_cases(study, settings, True, given)
+    there = [case for case in cases if (folder / case.name).exists()]
+    assert all(case_runner.status_of(case, folder) == ("ok", "") for case in there)
 
 
 def test_what_the_readme_says_about_patchtst():

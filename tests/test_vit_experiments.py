@@ -126,7 +126,7 @@ def test_the_ablation_changes_one_thing_at_a_time(gpu):
         len({(one.get("epochs"), one["seeds"], one.get("precision"), one.get("use_compile")) for one in flags.values()})
         == 1
     )
-    assert control.get("epochs") == (str(EPOCHS) if gpu else None) and control["seeds"] == "0,1,2"
+    assert control.get("epochs") == (str(EPOCHS["ablation"]) if gpu else None) and control["seeds"] == "0,1,2"
     assert control.get("model_size") == (None if gpu else "tiny") and control.get("use_compile") == (
         "true" if gpu else None
     )
