@@ -65,7 +65,9 @@ def parse_settings(
     if path is not None:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise SettingsError(f"--config {path} cannot be read as YAML: {reason}") from None
         if isinstance(content, dict):

@@ -27,7 +27,7 @@ from case_runner import Case, given_flags, split_list
 from image_set import ImageSet
 from run_folder import describe_environment
 from utils import SettingsError
-from vit_plan import check_numbers
+from vit_plan import make_recipe
 
 SEEDS = "0,1,2"
 EPOCHS = {"ablation": 50, "tokens": 30, "decatt": 50}  # 50 as in the course project
@@ -135,7 +135,7 @@ def run(settings: Any, name: str, images: ImageSet) -> int:
         raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
     if settings.run_name is not None:
         raise SettingsError(f"--run_name has no effect with --experiment {name}, whose cases are runs; leave it out")
-    check_numbers(settings)
+    make_recipe(settings, images)  # what is wrong in every case is said once, before the first process
     gpus = split_list(settings.gpus)
     if gpus and not gpu:
         raise SettingsError("--gpus needs NVIDIA GPUs, and there is none here; leave it out")

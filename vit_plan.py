@@ -92,16 +92,13 @@ def check_numbers(settings: Any) -> None:
             raise SettingsError(f"--{name} must be one folder name of at most 200 characters, not '{value[:80]}'")
 
 
-def make_plan(settings: Any, images: ImageSet) -> Plan:
-    """Check the settings against each other, the data and this machine, and fill in what they leave open.
+def make_recipe(settings: Any, images: ImageSet) -> tuple[dict[str, Any], Augmentation]:
+    """The recipe of the data set with what the settings change in it; needs no device.
 
     Raises:
-        SettingsError: values out of range, settings that exclude each other or have no effect, kernels that cannot run.
+        SettingsError: values out of range, or that have no effect.
     """
     check_numbers(settings)
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
-    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     recipe = RECIPES["sample" if images.source["name"] == "sample" else "other"].copy()
     recipe |= {name: getattr(settings, name) for name in recipe if getattr(settings, name) is not None}
     if settings.schedule == "constant" and settings.warm_up_epochs is None:
@@ -125,8 +122,21 @@ def make_plan(settings: Any, images: ImageSet) -> Plan:
         cutmix_alpha=settings.cutmix_alpha,
         label_smoothing=recipe["label_smoothing"],
     )
+    augmentation.check(images.image_size)
+    return recipe, augmentation
+
+
+def make_plan(settings: Any, images: ImageSet) -> Plan:
+    """Check the settings against each other, the data and this machine, and fill in what they leave open.
+
+    Raises:
+        SettingsError: values out of range, settings that exclude each other or have no effect, kernels that cannot run.
+    """
+    recipe, augmentation = make_recipe(settings, images)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
+    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     side = images.image_size
-    augmentation.check(side)
     tree, image_size, patch_size = choose_tokens(settings, side)
     shape = {name: getattr(settings, name) for name in SHAPE if getattr(settings, name) is not None}
     patch = tree.min_patch if tree else patch_size

@@ -276,6 +276,18 @@ def test_a_study_in_which_nothing_ran_is_drawn(tmp_path):
         assert all(path.read_bytes()[:4] == PNG for path in plot_study(folder))
 
 
+def test_cases_that_were_refused_before_they_began_are_drawn(tmp_path):
+    """Their run.json says little more than why."""
+    studies = {"ablation": ABLATION, "tokens": ("grid-36", "mixed-34"), "decatt": ("weight-1", "weight-10-first-3")}
+    for study, names in studies.items():
+        folder = write_study(tmp_path / f"{study}-x", study, {name: {"status": "unsupported"} for name in names})
+        for name in names:
+            info = json.loads((folder / name / "run.json").read_text())
+            kept = {key: info[key] for key in ("status", "run_name", "device_name")}
+            (folder / name / "run.json").write_text(json.dumps(kept | {"error": "one head"}))
+        assert all(path.read_bytes()[:4] == PNG for path in plot_study(folder))
+
+
 # ------------------------------------------------------------------------------------------- command line
 
 

@@ -239,6 +239,7 @@ def test_folders_are_named_after_the_data():
         ({"experiment": "decatt", "run_name": "x"}, "--run_name has no effect with --experiment decatt"),
         ({"experiment": "decatt", "only": "x"}, "--only: no case is named x"),
         ({"experiment": "decatt", "data_path": "missing.npz"}, "--data_path missing.npz cannot be read"),
+        ({"experiment": "ablation", "augment_operations": 9}, "--augment_operations must"),
         ({"experiment": "decatt", "gpus": "0"}, "--gpus needs NVIDIA GPUs, and there is none here"),
     ],
 )

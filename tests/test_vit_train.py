@@ -667,7 +667,7 @@ WRONG = [
     ({"gpus": "0"}, "--gpus has no effect without --experiment ablation|tokens|decatt"),
     ({"only": "small"}, "--only has no effect without --experiment ablation|tokens|decatt"),
     ({"device": "cuda"}, "PyTorch finds no NVIDIA GPU here"),
-    ({"config": "nowhere.yaml"}, "--config nowhere.yaml cannot be read as YAML"),
+    ({"config": "nowhere.yaml"}, "--config nowhere.yaml cannot be read: No such file"),
 ]
 
 
