@@ -61,6 +61,8 @@ def accuracy_figure(folder: Path) -> Figure:
     marker = "." if max(row["epoch"] for row in epochs) <= 30 else None
     results = run.info.get("results") or {}
     best = {row["seed"]: row["best_epoch"] for row in results.get("seeds") or []}
+    validated = {row["epoch"] for row in epochs if row.get("validation_accuracy") is not None}
+    once = bool(best) and len(validated) == 1  # a point, no line; and nothing to choose a best epoch from
     words = {
         "accuracy": {"train": "training" + (" (mixed images: of the larger part)" if mixed else "")},
         "loss": {"train": "training" + (" (soft targets)" if soft else "")},
@@ -70,6 +72,8 @@ def accuracy_figure(folder: Path) -> Figure:
             own = [row for row in epochs if row["seed"] == seed]
             first = number == 0
             for part, label, colour in (("train", words[key]["train"], BLUE), ("validation", "validation", ORANGE)):
+                if once and part == "validation":
+                    continue
                 points = [
                     (row["epoch"], scale * row[f"{part}_{key}"]) for row in own if row.get(f"{part}_{key}") is not None
                 ]
@@ -83,9 +87,10 @@ def accuracy_figure(folder: Path) -> Figure:
                     ax.plot(*zip(*points, strict=True), label=label if first else None, **style)
             chosen = [row for row in own if row["epoch"] == best.get(seed)]
             if chosen and chosen[0].get(f"validation_{key}") is not None:
-                where = ", ".join(str(epoch) for epoch in best.values())
+                label = "best epoch: " + ", ".join(map(str, best.values()))
+                label = f"validation, epoch {min(validated)}" if once else label
                 ax.plot(chosen[0]["epoch"], scale * chosen[0][f"validation_{key}"], "v", color=GREEN, markersize=8,
-                        zorder=4, label=f"best epoch: {where}" if first else None)  # fmt: skip
+                        zorder=4, label=label if first else None)  # fmt: skip
         values = seeds_of(results, f"test_{key}")
         if values:
             mean = scale * float(np.mean(values))

@@ -218,35 +218,52 @@ def decatt_table(outputs: Path, data: str = "cifar10") -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def recipe_words(info: dict[str, Any]) -> str:
+    """What long runs differ in: augmentation, mixing of images and regularisation; zeros are left out."""
+    recipe, model = info.get("recipe") or {}, info.get("model") or {}
+    augmentation = recipe.get("augmentation") or {}
+    values = {"RandAugment": augmentation.get("operations"), "mixup": augmentation.get("mixup_alpha")}
+    values |= {"cutmix": augmentation.get("cutmix_alpha"), "weight decay": recipe.get("weight_decay")}
+    values |= {"drop path": model.get("drop_path")}
+    return ", ".join(f"{name} {value:g}" for name, value in values.items() if value) or "-"
+
+
+def split_sizes(info: dict[str, Any]) -> str:
+    """Images that train / that validate."""
+    sizes = (info.get("dataset") or {}).get("splits") or {}
+    return f"{sizes['train']:,} / {sizes['validation']:,}" if sizes else "-"
+
+
 def goal_table(outputs: Path) -> str:
     """The long runs (outputs/vit/best and best-*) beside the accuracies that they are held against."""
     command = "python vit_train.py --dataset cifar10 --data_path cifar10.npz --run_name best"
-    header = ["model", "parameters", "epochs", "training, minutes", "with compiling and validation"]
-    header += ["validation accuracy (seeds)", "test accuracy (seeds)", "test accuracy of each seed"]
+    header = ["model", "recipe", "images: training / validation", "parameters", "epochs", "training, minutes"]
+    header += ["with compiling and validation", "validation accuracy (seeds)", "test accuracy (seeds)"]
     lines = []
     for path in sorted((outputs / "vit").glob("best*/run.json")):
         info = read_json(path)
         name = f"`{path.parent.name}`, {info['device_name']}" if info.get("device_name") else f"`{path.parent.name}`"
         if info["status"] != "ok":
-            lines.append([name, info["status"], *["-"] * 6])
+            lines.append([name, info["status"], *["-"] * 7])
             continue
         results = info["results"]
         own = results["seeds"]
         lines.append(
             [
                 name,
+                recipe_words(info),
+                split_sizes(info),
                 f"{results['parameters']:,}",
                 ", ".join(str(epochs) for epochs in sorted({row["epochs"] for row in own})),
                 f"{results['training_minutes']:.2f}",
                 f"{results['total_minutes']:.2f}",
                 spread(results, "validation_accuracy"),
                 spread(results),
-                ", ".join(f"{row['seed']}: {percent(row['test_accuracy'])}" for row in own),
             ]
         )
     missing = [] if lines else [not_run("the long training", command)]
     for name, parameters, epochs, minutes, accuracy in GOALS:
-        lines.append([name, parameters, epochs, minutes, "-", "-", accuracy, "-"])
+        lines.append([name, "-", "-", parameters, epochs, minutes, "-", "-", accuracy])
     return "\n\n".join([markdown(header, lines), *missing])
 
 
@@ -262,19 +279,22 @@ def peer_table(outputs: Path) -> str:
         name, base = row["variant"], row["baseline"]
         line = [plain(name), plain(base or "-")]
         if row["status"] != "ok":
-            lines.append([*line, row["status"], *["-"] * 3, plain(row["note"] or "")])
+            lines.append([*line, row["status"], *["-"] * 4, plain(row["note"] or "")])
             continue
         own = [ms for ms in row.get("ms_of_rounds") or [] if ms is not None]
         exact = row["exactness"] or "-"
         span = f" ({min(own):.2f}-{max(own):.2f})" if own else ""
         line += [f"{row['ms']:.2f}{span}", f"{row['ms'] / times[base]:.2f}" if base in times else "-"]
-        line += [shown(row["peak_gib"]), exact + ("" if row["error"] is None else f" ({row['error']:.1e})")]
+        rate = row.get("images_per_s")
+        line += ["-" if rate is None else f"{rate:,.0f}", shown(row["peak_gib"])]
+        line += [exact + ("" if row["error"] is None else f" ({row['error']:.1e})")]
         lines.append([*line, plain(row["note"] or "")])
     header = [
         "model, attention",
         "against",
         "step, ms (all rounds)",
         "times that",
+        "images/s",
         "peak, GiB",
         "result (error)",
         "note",

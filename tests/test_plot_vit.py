@@ -139,6 +139,28 @@ def test_accuracy_curves_show_seeds_best_epochs_and_test(tmp_path):
     assert left.get_ylabel() == "accuracy (%)" and right.get_ylabel() == "cross-entropy (nats)"
 
 
+def test_one_validation_is_a_point_and_no_best_epoch(tmp_path):
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / "epochs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    last = max(row["epoch"] for row in rows)
+    for row in rows:
+        if row["epoch"] < last:
+            row |= {"validation_accuracy": None, "validation_loss": None}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    for row in info["results"]["seeds"]:
+        row["best_epoch"] = last
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    for ax in plot_vit.accuracy_figure(tmp_path / "run").axes:
+        labels = ax.get_legend_handles_labels()[1]
+        assert f"validation, epoch {last}" in labels and "validation" not in labels
+        assert len([line for line in ax.lines if line.get_marker() == "v"]) == len(info["results"]["seeds"])
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"status": "running", "results": None}))
+    labels = plot_vit.accuracy_figure(tmp_path / "run").axes[0].get_legend_handles_labels()[1]
+    assert "validation" in labels  # a run that goes on keeps its line
+
+
 def test_a_run_that_failed_before_its_first_epoch_is_a_cross(tmp_path):
     write_run(tmp_path / "run", status="oom")
     (ax,) = plot_vit.accuracy_figure(tmp_path / "run").axes

@@ -115,19 +115,19 @@ def test_decatt_stands_beside_the_control(tmp_path):
 
 
 def test_goal_holds_the_long_runs_beside_the_references(tmp_path):
-    write_run(tmp_path / "vit" / "best")
+    recipe = {"weight_decay": 0.5, "augmentation": {"operations": 1, "mixup_alpha": 0.0, "cutmix_alpha": 1.0}}
+    model = {"num_tokens": 64, "num_layers": 12, "drop_path": 0.1}
+    splits = {"train": 47500, "validation": 2500, "test": 10000}
+    write_run(tmp_path / "vit" / "best", recipe=recipe, model=model, dataset={"splits": splits})
     write_run(tmp_path / "vit" / "best-long", status="oom")
+    write_run(tmp_path / "vit" / "best-plain", accuracies=(0.5,))
     table = goal_table(tmp_path)
-    own = [
-        "4,197,994",
-        "50",
-        "1.25",
-        "2.50",
-        "80.00 % (79.00-81.00)",
-        "79.00 % (78.00-80.00)",
-        "0: 78.00 %, 1: 80.00 %",
-    ]
-    assert cells(table, "`best`, a GPU")[1:] == own and cells(table, "`best-long`, a GPU")[1] == "oom"
+    own = ["RandAugment 1, cutmix 1, weight decay 0.5, drop path 0.1", "47,500 / 2,500", "4,197,994", "50"]
+    own += ["1.25", "2.50", "80.00 % (79.00-81.00)", "79.00 % (78.00-80.00)"]
+    assert cells(table, "`best`, a GPU")[1:] == own
+    assert cells(table, "`best-long`, a GPU")[1:] == ["oom", *["-"] * 7]
+    assert cells(table, "`best-plain`, a GPU")[1:4] == ["-", "-", "4,197,994"]
+    assert len({line.count("|") for line in table.splitlines()}) == 1
     assert "91.38 %" in table and "78.4 %" in table and "Not run" not in table
 
 
@@ -156,11 +156,12 @@ def test_peer(tmp_path):
         technique_row("with", baseline="plain", ms=3.0, extra_time=0.5, exactness="bitwise"),
     ]
     rows += [technique_row("other", status="oom", note="too large")]
-    rows[1]["ms_of_rounds"] = [2.8, 3.3, None]
+    rows[1] |= {"ms_of_rounds": [2.8, 3.3, None], "images_per_s": 1500.0}
     write_results(tmp_path / "vit" / "peer", rows=rows)
     table = peer_table(tmp_path)
-    assert cells(table, "with")[1:6] == ["plain", "3.00 (2.80-3.30)", "1.50", "1.00", "bitwise"]
-    assert cells(table, "plain")[2:4] == ["2.00", "-"] and cells(table, "other")[2] == "oom"
+    assert cells(table, "with")[1:7] == ["plain", "3.00 (2.80-3.30)", "1.50", "1,500", "1.00", "bitwise"]
+    assert cells(table, "plain")[2:5] == ["2.00", "-", "-"] and cells(table, "other")[2] == "oom"
+    assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_main_prints_every_table_or_one_sentence(tmp_path, monkeypatch, capsys):
