@@ -13,7 +13,7 @@ import torch
 import short_attention
 from attention import attention, observe_kernel, packed_attention
 from attention_support import FULL, choose_backend, sequences_refusal, unsupported_reason
-from short_attention import shape_refusal
+from short_attention import shape_refusal, tiles_of
 from utils import SettingsError
 
 ROOT = Path(__file__).parent.parent
@@ -26,13 +26,17 @@ from attention import attention, eager_attention, observe_kernel, packed_attenti
 def inside(function, name):  # what the function found around it; the interpreter looks among the module's names only
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
-forward, _ = short_attention.triton_kernels()
+forward, backward = short_attention.triton_kernels()
 short_attention.weights_of = inside(inside(forward, "forward_kernel").fn, "weights_of")
+short_attention.scores_of = inside(short_attention.weights_of.fn, "scores_of")
+short_attention.gradients_of = inside(inside(backward, "backward_kernel").fn, "gradients_of")
+shapes = [(2, 42, 3, 8), (3, 16, 2, 16), (2, 5, 1, 20), (1, 33, 2, 64), (1, 64, 1, 16)]
+tailed = [(1, 65, 2, 64), (1, 80, 1, 16), (2, 73, 3, 8), (1, 81, 1, 16), (1, 65, 1, 80)]  # not in fp32: it takes up to 64 tokens
 for heads_a_program in (1, 2):
     short_attention.HEADS_A_PROGRAM = heads_a_program
     for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 1e-3)):  # the interpreter multiplies no bf16
         for causal in (False, True):
-            for sequences, tokens, heads, head_dim in ((2, 42, 3, 8), (3, 16, 2, 16), (2, 5, 1, 20), (1, 33, 2, 64)):
+            for sequences, tokens, heads, head_dim in shapes + tailed * (dtype == torch.float16):
                 torch.manual_seed(0)
                 qkv = torch.randn(sequences, tokens, 3, heads, head_dim).to(dtype).requires_grad_()
                 gradient = torch.randn(sequences, tokens, heads, head_dim).to(dtype)
@@ -72,6 +76,12 @@ def test_kernels_in_tritons_interpreter():
     words = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_few_tokens_behind_a_tile_are_no_second_tile():
+    sizes = {1: (16, 0), 16: (16, 0), 17: (32, 0), 33: (64, 0), 64: (64, 0), 65: (64, 16), 80: (64, 16), 81: (128, 0)}
+    assert {tokens: tiles_of(tokens, 64) for tokens in sizes} == sizes and tiles_of(128, 8) == (128, 0)
+    assert tiles_of(65, 8) == (64, 16) and tiles_of(65, 80) == (128, 0)
 
 
 def test_what_does_not_fit_is_refused():
@@ -126,7 +136,15 @@ def test_the_number_of_sequences_that_kernels_take():
 
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
 
-SHAPES = [(64, 42, 16, 8), (8, 65, 6, 64), (5, 7, 3, 20), (4, 64, 4, 4), (3, 128, 2, 64), (70000, 8, 1, 16)]
+SHAPES = [
+    (64, 42, 16, 8),
+    (8, 65, 6, 64),
+    (6, 80, 3, 128),
+    (5, 7, 3, 20),
+    (4, 64, 4, 4),
+    (3, 128, 2, 64),
+    (70000, 8, 1, 16),
+]
 
 
 @pytest.mark.gpu
