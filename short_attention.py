@@ -1,4 +1,4 @@
-"""Attention for short sequences: one program a head, the whole sequence at once, nothing kept but q, k and v.
+"""Attention for short sequences: one program a head, all of its scores at once, nothing kept but q, k and v.
 
     python short_attention.py                                  against the other kernels: time, peak, error; from how
                                                                many tokens on they win (an NVIDIA GPU)
@@ -16,7 +16,7 @@ Kept for the backward pass: q, k and v, 6 x heads x head_dim bytes a token in bf
 When it does not help: towards 128 tokens, where the tile no longer fits into registers (more is refused); where the
 projections around it take the time. No window, no dropout.
 
-Method: Dao et al. 2022, FlashAttention, arXiv 2205.14135 (recomputed scores), with one tile.
+Method: Dao et al. 2022, FlashAttention, arXiv 2205.14135 (recomputed scores), with one tile, or one and a short tail.
 """
 
 import functools
@@ -34,7 +34,7 @@ from utils import SettingsError, parse_settings, run_script, setting
 MAX_TOKENS, MAX_HEAD_DIM = 128, 128
 HEADS_A_PROGRAM = 1  # of one sequence, one after another
 WARPS = {16: 1, 32: 1, 64: 4, 128: 8}  # by the side of the tile
-TAIL, TAILED = 16, (128,)  # rows behind half a tile of these sides, the least that tensor cores multiply
+TAILS = {128: 16}  # by the side of a tile: rows behind half of it that do instead (tensor cores want 16 at least)
 
 
 def short_attention_refusal(dtype: torch.dtype, tokens: int, head_dim: int) -> str | None:
@@ -65,8 +65,8 @@ def tiles_of(tokens: int, head_dim: int) -> tuple[int, int]:
     wider than 64 have no tail: what both parts keep would not fit into registers.
     """
     tile = max(16, 1 << (tokens - 1).bit_length())
-    tailed = tile in TAILED and head_dim <= 64 and tokens <= tile // 2 + TAIL
-    return (tile // 2, TAIL) if tailed else (tile, 0)
+    tail = TAILS.get(tile, 0) if head_dim <= 64 else 0
+    return (tile // 2, tail) if tail and tokens <= tile // 2 + tail else (tile, 0)
 
 
 def interpreted() -> bool:
@@ -99,13 +99,12 @@ def triton_kernels() -> tuple[Callable, Callable]:
         q, k, tail_k, rows, tokens, scale,
         T: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
-        """Softmax in fp32 over the keys of the tile and of the tail (without one: twice over those of the tile).
+        """Softmax in fp32 over the keys of the tile and of the tail; without a tail the second part is the first.
 
         Rows beyond the sequence hold numbers that nobody reads.
         """
         scores = scores_of(q, k, rows, tl.arange(0, T), tokens, scale, CAUSAL, EXACT)
         highest = tl.max(scores, 1)
-        tail = scores
         if TAIL:
             tail = scores_of(q, tail_k, rows, T + tl.arange(0, TAIL), tokens, scale, CAUSAL, EXACT)
             highest = tl.maximum(highest, tl.max(tail, 1))
@@ -114,6 +113,8 @@ def triton_kernels() -> tuple[Callable, Callable]:
         if TAIL:
             tail = tl.exp2((tail - highest[:, None]) * 1.4426950408889634)
             total += tl.sum(tail, 1)
+        else:
+            tail = scores
         return scores / total[:, None], tail / total[:, None]
 
     @triton.jit
@@ -124,6 +125,7 @@ def triton_kernels() -> tuple[Callable, Callable]:
         CAUSAL: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
         precision: tl.constexpr = "ieee" if EXACT else "tf32"
+        SEEN: tl.constexpr = 0 if CAUSAL else TAIL  # of the tail by queries of the tile
         groups = tl.cdiv(heads, HEADS)
         sequence = (tl.program_id(0) // groups).to(tl.int64)
         rows, dims = tl.arange(0, T), tl.arange(0, D)
@@ -144,9 +146,9 @@ def triton_kernels() -> tuple[Callable, Callable]:
                 tail_q = tl.load(q_pointer + tail_places, mask=tail_inside, other=0.0)
                 tail_k = tl.load(k_pointer + tail_places, mask=tail_inside, other=0.0)
                 tail_v = tl.load(v_pointer + tail_places, mask=tail_inside, other=0.0)
-            weights, tail = weights_of(q, k, tail_k, rows, tokens, scale, T, TAIL, CAUSAL, EXACT)
+            weights, tail = weights_of(q, k, tail_k, rows, tokens, scale, T, SEEN, CAUSAL, EXACT)
             output = tl.dot(weights.to(v.dtype), v, input_precision=precision)
-            if TAIL:
+            if SEEN:
                 output += tl.dot(tail.to(v.dtype), tail_v, input_precision=precision)
             places = output_start + rows[:, None] * output_token + head * output_head + dims[None, :]
             tl.store(output_pointer + places, output.to(v.dtype), mask=inside)
@@ -162,7 +164,7 @@ def triton_kernels() -> tuple[Callable, Callable]:
         gradient, q, k, v, tail_k, tail_v, rows, tokens, scale,
         T: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
-        """What some queries add: dq, dk, dv, and dk, dv of the tail (without one: those of the tile again)."""
+        """What some queries add: dq, dk, dv, and dk, dv of the tail; without a tail those of the tile again."""
         precision: tl.constexpr = "ieee" if EXACT else "tf32"
         weights, tail = weights_of(q, k, tail_k, rows, tokens, scale, T, TAIL, CAUSAL, EXACT)
         dweights = tl.dot(gradient, tl.trans(v), input_precision=precision)
@@ -189,6 +191,7 @@ def triton_kernels() -> tuple[Callable, Callable]:
         T: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
         CAUSAL: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
+        SEEN: tl.constexpr = 0 if CAUSAL else TAIL  # of the tail by queries of the tile
         groups = tl.cdiv(heads, HEADS)
         sequence = (tl.program_id(0) // groups).to(tl.int64)
         rows, dims = tl.arange(0, T), tl.arange(0, D)
@@ -216,16 +219,19 @@ def triton_kernels() -> tuple[Callable, Callable]:
                 theirs = gradient_start + tail_rows[:, None] * gradient_token
                 tail_gradient = tl.load(gradient_pointer + theirs, mask=tail_inside, other=0.0)
             dq, dk, dv, tail_dk, tail_dv = gradients_of(
-                gradient, q, k, v, tail_k, tail_v, rows, tokens, scale, T, TAIL, CAUSAL, EXACT
+                gradient, q, k, v, tail_k, tail_v, rows, tokens, scale, T, SEEN, CAUSAL, EXACT
             )
             tl.store(dq_pointer + places, dq.to(v.dtype), mask=inside)
             if TAIL:
                 dq, more_dk, more_dv, more_tail_dk, more_tail_dv = gradients_of(
                     tail_gradient, tail_q, k, v, tail_k, tail_v, tail_rows, tokens, scale, T, TAIL, CAUSAL, EXACT
                 )
+                if SEEN:
+                    more_tail_dk += tail_dk
+                    more_tail_dv += tail_dv
                 tl.store(dq_pointer + tail_places, dq.to(v.dtype), mask=tail_inside)
-                tl.store(dk_pointer + tail_places, (tail_dk + more_tail_dk).to(v.dtype), mask=tail_inside)
-                tl.store(dv_pointer + tail_places, (tail_dv + more_tail_dv).to(v.dtype), mask=tail_inside)
+                tl.store(dk_pointer + tail_places, more_tail_dk.to(v.dtype), mask=tail_inside)
+                tl.store(dv_pointer + tail_places, more_tail_dv.to(v.dtype), mask=tail_inside)
                 dk += more_dk
                 dv += more_dv
             tl.store(dk_pointer + places, dk.to(v.dtype), mask=inside)
