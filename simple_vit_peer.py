@@ -7,12 +7,15 @@ Source: https://github.com/lucidrains/vit-pytorch (SimpleViT); Beyer et al. 2022
 ImageNet-1k, arXiv 2205.01580.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import sdpa_kernel
 
+from attention_support import SDPA_KERNELS
 from mixed_resolution import cut
 from vit import ViT, ViTConfig, vit_config
 
@@ -26,19 +29,20 @@ def grid_coordinates(side: int) -> torch.Tensor:
 
 
 class PeerAttention(nn.Module):
-    """q, k and v from one layer, textbook softmax; `fused` leaves the products to PyTorch. No layer has a bias."""
+    """q, k and v from one layer, textbook softmax or one of PyTorch's fused kernels. No layer has a bias."""
 
-    def __init__(self, width: int, heads: int, fused: bool):
+    def __init__(self, width: int, heads: int, kernel: str):
         super().__init__()
-        self.heads, self.scale, self.fused = heads, (width // heads) ** -0.5, fused
+        self.heads, self.scale, self.kernel = heads, (width // heads) ** -0.5, kernel
         self.qkv, self.output = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(images, tokens, width) -> the same shape"""
         parts = self.qkv(hidden_states).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (images, heads, tokens, d)
-        if self.fused:
-            mixed = F.scaled_dot_product_attention(q, k, v)
+        if self.kernel != "textbook":
+            with nullcontext() if self.kernel == "sdpa" else sdpa_kernel(SDPA_KERNELS[self.kernel]):
+                mixed = F.scaled_dot_product_attention(q, k, v)
         else:
             mixed = torch.matmul((torch.matmul(q, k.transpose(-1, -2)) * self.scale).softmax(dim=-1), v)
         return self.output(mixed.transpose(1, 2).flatten(2))
@@ -47,9 +51,9 @@ class PeerAttention(nn.Module):
 class PeerBlock(nn.Module):
     """Norm, attention, residual; norm, Linear, GELU, Linear, residual."""
 
-    def __init__(self, width: int, heads: int, mlp_dim: int, fused: bool):
+    def __init__(self, width: int, heads: int, mlp_dim: int, kernel: str):
         super().__init__()
-        self.attention_norm, self.attention = nn.LayerNorm(width), PeerAttention(width, heads, fused)
+        self.attention_norm, self.attention = nn.LayerNorm(width), PeerAttention(width, heads, kernel)
         self.mlp_norm, self.expand = nn.LayerNorm(width), nn.Linear(width, mlp_dim)
         self.contract = nn.Linear(mlp_dim, width)
 
@@ -60,9 +64,15 @@ class PeerBlock(nn.Module):
 
 
 class SimpleViT(nn.Module):
-    """vit-pytorch's SimpleViT; modules are named as in vit.py, so that weights can be copied by name."""
+    """vit-pytorch's SimpleViT; modules are named as in vit.py, so that weights can be copied by name.
 
-    def __init__(self, num_layers: int, embedding_dim: int, num_heads: int, mlp_dim: int, fused: bool = False):
+    Args:
+        num_layers, embedding_dim, num_heads, mlp_dim: as in `ViTConfig`.
+        kernel: of attention: "textbook", which the package has, "sdpa", which leaves the choice to PyTorch, or one of
+            SDPA_KERNELS.
+    """
+
+    def __init__(self, num_layers: int, embedding_dim: int, num_heads: int, mlp_dim: int, kernel: str = "textbook"):
         super().__init__()
         values, width, side = 3 * PATCH_SIZE**2, embedding_dim, IMAGE_SIZE // PATCH_SIZE
         self.patch_norm, self.embedding = nn.LayerNorm(values), nn.Linear(values, width)
@@ -70,7 +80,7 @@ class SimpleViT(nn.Module):
         frequencies = 10000 ** (-torch.arange(width // 4) / (width // 4 - 1))
         x, y = (grid_coordinates(side)[:, axis, None] * frequencies for axis in (0, 1))
         self.register_buffer("positions", torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1), persistent=False)
-        self.blocks = nn.ModuleList(PeerBlock(width, num_heads, mlp_dim, fused) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(PeerBlock(width, num_heads, mlp_dim, kernel) for _ in range(num_layers))
         self.final_norm, self.head = nn.LayerNorm(width), nn.Linear(width, NUM_CLASSES)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

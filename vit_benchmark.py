@@ -5,15 +5,17 @@
     python vit_benchmark.py --questions kernels,decatt --backends sdpa_efficient,short
 
 peer: SimpleViT (simple_vit_peer.py) and this lab's model with the same weights, on the same images. One step = cutting
-patches, forward, cross-entropy, backward, fused AdamW. Before a variant is timed, its logits and gradients are held
-against the peer's in fp64: an error at most twice the peer's own in the same precision, or it is
-`changed` and gets no time. The peer's linear layers of attention have no bias: ours are set to zero. It cuts a patch as
-(row, column, channel), we as (channel, row, column), so the weights that meet a patch's numbers are permuted. Under
-autocast its norms return fp32 and so does every sum after them: its residual stream is fp32, ours has 16 bits. Its
-positions are a buffer here; the package moves them to the GPU in every step.
+patches, forward, cross-entropy, backward, fused AdamW; nothing is augmented or clipped. Before a variant is timed, its
+logits and gradients are held against the peer's in fp64: an error at most twice the peer's own in the same precision,
+or it is `changed` and gets no time. The package has textbook attention; its shape with PyTorch's fused kernels stands
+beside it. The peer's linear layers of attention have no bias: ours are set to zero. It cuts a patch as (row, column,
+channel), we as (channel, row, column), so the weights that meet a patch's numbers are permuted. Under autocast its
+norms return fp32 and so does every sum after them: its residual stream is fp32, ours has 16 bits. Its positions are a
+buffer here; the package moves them to the GPU in every step.
 
 kernels: the model of 4.2 M parameters with each attention backend, 65 tokens with the class token, and the two fastest
-with 64 (pool mean), because a 65th token needs one more tile. Held against the textbook model in fp64 in the same way.
+with 64 (pool mean), because a 65th token does not fit into a tile of 64. Held against the textbook model in fp64 in the
+same way.
 
 decatt: that model with DeCAtt's term in no, some and all layers: what a step costs more.
 
@@ -46,7 +48,7 @@ from cuda_graphs import unsupported_reason as cuda_graphs_refusal
 from mixed_resolution import SCORERS, ScorerNetwork, resize, scores, tokenize
 from optimizers import make_optimizer
 from precision import AUTOCAST_DTYPES, autocast, set_precision
-from quadtree import quadtree, valid_counts
+from quadtree import SIZES, quadtree, valid_counts
 from simple_vit_peer import (
     IMAGE_SIZE,
     NUM_CLASSES,
@@ -61,6 +63,8 @@ from utils import GIB, SettingsError, count_parameters, is_out_of_memory, parse_
 from vit import MODEL_SIZES, ViT, ViTConfig, vit_config
 
 QUESTIONS = {"peer": "peer", "kernels": "kernels", "decatt": "decatt_step", "tokens": "tokens"}  # -> folder
+PEER_KERNELS = ("textbook", "sdpa", "sdpa_efficient")  # the package's, PyTorch's choice, and the fastest of PyTorch's
+MIXED_SIZE, MOST_PATCHES = 2 * IMAGE_SIZE, 1024  # image that is cut into mixed tokens; patches of an image
 DECATT_WEIGHT = 10.0
 RECORDED = ", recorded"  # in the name of a row
 REPLAY_TOLERANCE = 0.05  # of a step's change of the parameters; some backward passes add in no fixed order
@@ -366,17 +370,18 @@ def fastest(rows: list[dict[str, Any]]) -> list[str]:
 def ask_peer(study: Study, settings: Settings, device: torch.device, backends: list[str]) -> dict[str, Any]:
     """SimpleViT and this lab's model with every backend; after compiled ones uncompiled only the fastest of them."""
     shape, batch = PEER_SIZES[settings.peer_size], make_images(settings, device)
+    config = vit_config(**shape, pool="mean")
     stream = str(AUTOCAST_DTYPES.get(settings.precision, torch.float32)).removeprefix("torch.")
     gate = Gate(lambda: SimpleViT(**shape), settings.precision, device, batch)
     for compiled in (True, False) if settings.use_compile else (False,):
         word, variants = ", compiled" if compiled else "", []
-        for name, fused in (("textbook", False), ("sdpa", True)):
-            make = lambda fused=fused: SimpleViT(**shape, fused=fused)  # noqa: E731
+        for kernel in PEER_KERNELS:
+            make = lambda kernel=kernel: SimpleViT(**shape, kernel=kernel)  # noqa: E731
             facts = {"model": "SimpleViT", "backend": None, "residual_stream": "float32"}
-            variants.append(Variant(f"SimpleViT, {name}{word}", make, batch, compiled, None, facts))
+            refused = None if kernel == "textbook" else refusal(settings, device, kernel, config)
+            variants.append(Variant(f"SimpleViT, {kernel}{word}", make, batch, compiled, refused, facts))
         for backend in backends:
             make = lambda backend=backend: our_peer(shape, backend)  # noqa: E731
-            config = vit_config(**shape, pool="mean")
             facts = {"model": "this lab", "backend": backend, "residual_stream": stream}
             refused = refusal(settings, device, backend, config)
             variants.append(Variant(f"this lab, {backend}{word}", make, batch, compiled, refused, facts))
@@ -439,6 +444,12 @@ def ask_decatt(study: Study, settings: Settings, device: torch.device) -> dict[s
     return {"model_size": settings.model_size, "decatt_weight": DECATT_WEIGHT}
 
 
+def mixed_counts(counts: list[int]) -> list[int]:
+    """Those numbers of patches that a quadtree can have."""
+    possible = valid_counts(MIXED_SIZE, *SIZES[MIXED_SIZE])
+    return [count for count in counts if count in possible]
+
+
 def ask_tokens(study: Study, settings: Settings, device: torch.device, counts: list[int]) -> dict[str, Any]:
     """Steps at several numbers of tokens, then the tokeniser alone at the smallest and largest that a tree can have."""
     images, labels = make_images(settings, device)
@@ -455,17 +466,16 @@ def ask_tokens(study: Study, settings: Settings, device: torch.device, counts: l
     rows = run_variants(study, settings, device, variants, variants[0].name)
     steps = {(row["recorded"], row["patches"]): row["ms"] for row in rows}
 
-    size = 2 * IMAGE_SIZE
-    possible = [count for count in counts if count in valid_counts(size, 4, 16)]
+    possible = mixed_counts(counts)
     calls, facts = {}, {}
     modes = (False, True) if settings.use_compile and settings.use_cuda_graphs else (False,)
     for recorded in modes:
-        for count in sorted({*possible[:1], *possible[-1:]}):
+        for count in sorted({possible[0], possible[-1]}):
             for scorer in SCORERS:
                 name = f"tokeniser {scorer}, {count} tokens{word}{RECORDED if recorded else ''}"
                 call = make_tokeniser(settings, device, images, scorer, count)
                 calls[name] = (RecordedStep(call) if recorded else call, ())
-                facts[name] = {"kind": "tokeniser", "scorer": scorer, "patches": count, "image_size": size}
+                facts[name] = {"kind": "tokeniser", "scorer": scorer, "patches": count, "image_size": MIXED_SIZE}
                 facts[name] |= {"recorded": recorded, "step_ms": steps[recorded, count]}
                 calls[name][0]()
     options = {"rounds": settings.rounds, "repeats": settings.repeats, "compiled": settings.use_compile}
@@ -491,7 +501,7 @@ def make_tokeniser(
     settings: Settings, device: torch.device, images: torch.Tensor, scorer: str, count: int
 ) -> Callable[[], torch.Tensor]:
     """What vit_fit.py does with a batch: enlarge, score, cut; random numbers are drawn outside of compiled code."""
-    tree = quadtree(2 * IMAGE_SIZE, 4, 16, count)
+    tree = quadtree(MIXED_SIZE, num_tokens=count)
     network = ScorerNetwork(NUM_CLASSES).to(device).eval() if scorer == "trained" else None
     shapes = [(len(images), (tree.image_size // side) ** 2) for side in tree.sizes if side > tree.min_patch]
 
@@ -541,8 +551,15 @@ def read_settings() -> tuple[Settings, torch.device, list[str], list[str], list[
         counts = [int(word) for word in settings.token_counts.split(",")]
     except ValueError:
         counts = []
-    if not counts or counts != sorted(set(counts)) or counts[0] < 1:
-        raise SettingsError(f"--token_counts {settings.token_counts} must be rising numbers such as 36,64")
+    if not counts or counts != sorted(set(counts)) or not 1 <= counts[0] <= counts[-1] <= MOST_PATCHES:
+        raise SettingsError(
+            f"--token_counts {settings.token_counts} must be rising numbers up to {MOST_PATCHES} such as 36,64"
+        )
+    if "tokens" in questions and not mixed_counts(counts):
+        raise SettingsError(
+            f"--token_counts {settings.token_counts} has no number of mixed tokens, which the tokeniser is timed with; "
+            "add one such as 49"
+        )
     set_precision(settings.precision, device)
     return settings, device, questions, backends, counts
 

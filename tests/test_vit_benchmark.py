@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
+import simple_vit_peer
 import vit_benchmark
 from simple_vit_peer import SimpleViT, our_peer
 from technique_bench import relative_error
@@ -75,7 +77,21 @@ def test_ours_computes_what_the_peer_does(batch, backend):
     assert exactness == "within rounding" and error < 1e-6  # positions and the logits are made in fp32
     ours = Trial(our_peer(SHAPE, backend), "fp32", CPU, batch)
     assert gate.check(ours)[0] == "within rounding"
-    assert gate.check(Trial(SimpleViT(**SHAPE, fused=True), "fp32", CPU, batch))[0] == "within rounding"
+    assert gate.check(Trial(SimpleViT(**SHAPE, kernel="sdpa"), "fp32", CPU, batch))[0] == "within rounding"
+
+
+def test_the_peers_kernel_is_the_one_that_is_named(monkeypatch, batch):
+    """Whatever SDPA_KERNELS has for a name is what PyTorch is told to run, and nothing else."""
+    monkeypatch.setitem(simple_vit_peer.SDPA_KERNELS, "sdpa_efficient", SDPBackend.MATH)
+    monkeypatch.setitem(simple_vit_peer.SDPA_KERNELS, "sdpa_flash", SDPBackend.FLASH_ATTENTION)
+    kernels = {}
+    for name in ("sdpa_efficient", "sdpa_flash"):
+        model = SimpleViT(**SHAPE, kernel=name)
+        with torch.profiler.profile() as profile:
+            model(batch[0])
+        kernels[name] = {event.key for event in profile.key_averages() if "scaled_dot_product" in event.key}
+    assert any("math" in name for name in kernels["sdpa_efficient"])
+    assert any("flash" in name for name in kernels["sdpa_flash"]) and kernels["sdpa_efficient"] != kernels["sdpa_flash"]
 
 
 def test_the_shape_of_the_anchor():
@@ -108,7 +124,8 @@ def test_every_question_leaves_its_folder(monkeypatch, tmp_path):
         assert all(row["images_per_s"] == pytest.approx(2000 / row["ms"], rel=1e-3) for row in timed)
         assert all(row["peak_gib"] > 0 for row in timed)
     rows = {row["variant"]: row for row in results["peer"]["rows"]}
-    assert list(rows)[:2] == ["SimpleViT, textbook", "SimpleViT, sdpa"]
+    assert list(rows)[:3] == ["SimpleViT, textbook", "SimpleViT, sdpa", "SimpleViT, sdpa_efficient"]
+    assert rows["SimpleViT, sdpa_efficient"]["status"] == "unsupported"
     assert rows["this lab, eager"]["exactness"] == rows["this lab, sdpa"]["exactness"] == "within rounding"
     assert rows["this lab, eager"]["kernel"] == "matmul, softmax, matmul (eager)"
     assert "flash_attention_for_cpu" in rows["this lab, sdpa"]["kernel"]
@@ -169,6 +186,8 @@ def test_a_variant_that_fails_is_a_row_and_the_others_are_measured(monkeypatch, 
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--token_counts", "64,34"], "must be rising numbers"),
         (["--token_counts", "many"], "must be rising numbers"),
+        (["--token_counts", "36,5000"], "must be rising numbers up to 1024"),
+        (["--token_counts", "5,36"], "has no number of mixed tokens, which the tokeniser is timed with; add one such"),
     ],
 )
 def test_wrong_settings_are_one_sentence(monkeypatch, tmp_path, more, words):
