@@ -63,6 +63,9 @@ def accuracy_figure(folder: Path) -> Figure:
     best = {row["seed"]: row["best_epoch"] for row in results.get("seeds") or []}
     validated = {row["epoch"] for row in epochs if row.get("validation_accuracy") is not None}
     once = bool(best) and len(validated) == 1  # a point, no line; and nothing to choose a best epoch from
+    weights = "last weights" if once else "best weights"
+    if run.info.get("status") == "ok" and len(epochs) != sum(row["epochs"] for row in results.get("seeds") or []):
+        raise SettingsError(f"{folder / 'epochs.jsonl'} is damaged: it has {len(epochs)} lines, not one for each epoch")
     words = {
         "accuracy": {"train": "training" + (" (mixed images: of the larger part)" if mixed else "")},
         "loss": {"train": "training" + (" (soft targets)" if soft else "")},
@@ -94,7 +97,7 @@ def accuracy_figure(folder: Path) -> Figure:
         values = seeds_of(results, f"test_{key}")
         if values:
             mean = scale * float(np.mean(values))
-            label = f"test, best weights: {mean:.2f} %" if key == "accuracy" else f"test, best weights: {mean:.3f}"
+            label = f"test, {weights}: {mean:.2f} %" if key == "accuracy" else f"test, {weights}: {mean:.3f}"
             label += f" (mean of {len(values)} seeds)" if len(values) > 1 else ""
             ax.axhline(mean, color=RED, linestyle="--", linewidth=1.6, label=label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -121,6 +124,9 @@ def correlation_figure(run: Run) -> Figure | None:
     layers, heads, _ = matrices["head_correlation"].shape
     lines = math.ceil(layers / LAYERS_A_ROW)
     columns = min(layers, LAYERS_A_ROW)
+    for matrix in matrices.values():
+        matrix[:, range(heads), range(heads)] = np.nan  # a head with itself is 1
+    highest = max(0.05, math.ceil(20 * max(np.nanmax(matrix) for matrix in matrices.values())) / 20)
     seeds = len(results["seeds"])
     weight = run.info.get("decatt_weight") or 0
     title = f"Correlation |C| of heads' outputs ({f'DeCAtt, weight {weight:g}' if weight else 'without DeCAtt'})"
@@ -135,13 +141,13 @@ def correlation_figure(run: Run) -> Figure | None:
         for layer in range(layers):
             line, column = divmod(layer, LAYERS_A_ROW)
             ax = figure.add_subplot(maps[stage * lines + line, column])
-            image = ax.imshow(matrices[key][layer], vmin=0, vmax=1, cmap="viridis")
+            image = ax.imshow(matrices[key][layer], vmin=0, vmax=highest, cmap="viridis")
             ax.set(xticks=[], yticks=[])
             ax.set_title(f"layer {layer + 1}", fontsize=8, pad=3)
             if column == 0:
                 ax.set_ylabel(f"{words}\nhead 1 to {heads}", fontsize=8)
             axes.append(ax)
-    figure.colorbar(image, ax=axes, label="mean |C| of a pair", shrink=0.9, pad=0.01)
+    figure.colorbar(image, ax=axes, label="mean |C| of a pair of heads", shrink=0.9, pad=0.01)
     below = tidy(figure.add_subplot(grid[1]))
     numbers = range(1, layers + 1)
     for words, key, colour in stages:
@@ -198,10 +204,17 @@ def mosaic_figure(folder: Path) -> Figure:
 def plot_run(folder: Path) -> list[Path]:
     """Write accuracy_curves.png, memory_per_phase.png, head_correlation.png and mosaics.png into the run's folder.
 
-    The last two need two heads and mixed tokens. Raises plot.RunFolderError: a file is missing or damaged.
+    The last two need two heads and mixed tokens.
+
+    Raises:
+        plot.RunFolderError: a file is missing or damaged.
+        SettingsError: the folder of something else, or lines of epochs.jsonl are missing.
     """
     folder = Path(folder)
     run = read_run(folder)
+    results = run.info.get("results") or {}
+    if "rows" in results or (run.info.get("status") == "ok" and not results.get("seeds")):
+        raise SettingsError(f"{folder} holds no training of vit_train.py; report_vit.py prints benchmarks")
     figures = {"accuracy_curves.png": accuracy_figure(folder), "memory_per_phase.png": memory_figure(run)}
     correlation = correlation_figure(run)
     if correlation is not None:

@@ -4,6 +4,8 @@ plot_vit.py draws them; report_vit.py reads studies through here, too. A case th
 `unsupported` is a cross with its status, never left out. Every seed is a dot; a mean of seeds never stands alone.
 """
 
+import math
+import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +42,7 @@ COURSE: dict[str, dict[str, tuple[float, float, int]]] = {
     },
 }
 COLOURS = (*LINE_COLOURS, "#A0522D")  # as many as the ablation has cases
+LATE = 0.4  # of the epochs are left out where curves are compared
 SCORER_STYLES = {  # of mixed tokens: words, colour, marker
     "pixel_blur": ("mixed, split by pixel blur", ORANGE, "s"),
     "random": ("mixed, split at random", GREY, "^"),
@@ -71,6 +74,34 @@ def read_study(folder: Path) -> tuple[str, list[Case]]:
 def seeds_of(results: dict[str, Any], key: str) -> list[float]:
     """What every seed measured, without those that did not."""
     return [row[key] for row in results.get("seeds") or [] if row.get(key) is not None]
+
+
+def student(freedom: int) -> float:
+    """Student's t of which 95 % lie between -t and t, by degrees of freedom (2: 3 % too small, from 6 on 0.1 %).
+
+    Source: Abramowitz and Stegun 1964, Handbook of Mathematical Functions, 26.7.5.
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+
+
+def seed_noise(cases: Sequence[dict[str, Any]], key: str = "test_accuracy") -> tuple[float, int]:
+    """Deviation of a seed from the mean of its case, over all cases together; and its degrees of freedom."""
+    groups = [values for results in cases if len(values := seeds_of(results, key)) > 1]
+    freedom = sum(len(values) - 1 for values in groups)
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in groups)
+    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
+
+
+def seen_by_chance(noise: tuple[float, int], mine: int, theirs: int) -> float:
+    """Largest difference of means of so many seeds that noise alone makes in 95 of 100 comparisons."""
+    deviation, freedom = noise
+    return student(freedom) * deviation * math.sqrt(1 / mine + 1 / theirs) if freedom else math.nan
 
 
 def steady_minutes(results: dict[str, Any]) -> list[float]:
@@ -150,23 +181,29 @@ def case_rows(ax: Axes, cases: Sequence[Case]) -> None:
     ax.grid(visible=False, axis="y")
 
 
-def cross(ax: Axes, row: float, status: str) -> None:
-    """A case without a result: a red cross and its status at the left of its row."""
+def cross(ax: Axes, row: float, status: str, at: float = 0.03) -> None:
+    """A case without a result: a red cross and its status in its row; `at` is a part of the axis, beyond 1 outside."""
     across = ax.get_yaxis_transform()
-    ax.plot([0.03], [row], "x", color=RED, markersize=9, markeredgewidth=2, transform=across)
-    ax.text(0.06, row, status, color=RED, fontsize=9, va="center", transform=across)
+    ax.plot([at], [row], "x", color=RED, markersize=9, markeredgewidth=2, transform=across, clip_on=False)
+    ax.text(at + 0.03, row, status, color=RED, fontsize=9, va="center", transform=across)
 
 
 def ablation_accuracy(cases: Sequence[Case]) -> Figure:
-    """Test accuracy of each case: every seed, mean and spread; the control's range; the course project's values."""
+    """Test accuracy of each case: every seed and the mean; how far seeds alone lead from the control; and beside it,
+    on an axis of its own, what the course project had."""
     data = data_of(cases)
-    title = f"Test accuracy with each combination of techniques: {data} (the axis does not begin at 0)"
-    figure, (ax,) = new_figure(title, study_caption(cases), height=1.8 + 0.52 * len(cases))
+    title = f"Test accuracy with each combination of techniques: {data} (the axes do not begin at 0)"
+    figure = blank_figure(title, study_caption(cases), 1.8 + 0.52 * len(cases))
     known = COURSE.get(data, {})
+    theirs, ax = (tidy(axes) for axes in figure.subplots(1, 2, sharey=True, width_ratios=[1, 2.2]))
     control = next((case for case in cases if case.name == CONTROL and case.ok), None)
     if control is not None:
-        values = [100 * value for value in seeds_of(control.results, "test_accuracy")]
-        ax.axvspan(min(values), max(values), color=BLUE, alpha=0.15, label=f"range of the control, {CONTROL}")
+        values = seeds_of(control.results, "test_accuracy")
+        chance = seen_by_chance(seed_noise([case.results for case in cases if case.ok]), len(values), len(values))
+        if not math.isnan(chance):
+            low, high = (100 * (statistics.fmean(values) + sign * chance) for sign in (-1, 1))
+            words = f"{CONTROL} +/- {100 * chance:.2f}: what seeds alone do, 95 of 100 times"
+            ax.axvspan(low, high, color=BLUE, alpha=0.12, label=words)
     labelled: set[str] = set()
 
     def once(words: str) -> str | None:
@@ -174,7 +211,7 @@ def ablation_accuracy(cases: Sequence[Case]) -> Figure:
 
     for row, case in enumerate(cases):
         if not case.ok:
-            cross(ax, row, case.status)
+            cross(ax, row, case.status, 1.02)
         else:
             values = [100 * value for value in seeds_of(case.results, "test_accuracy")]
             mean = float(np.mean(values))
@@ -187,20 +224,30 @@ def ablation_accuracy(cases: Sequence[Case]) -> Figure:
         if case.name in known:
             accuracy, _, epochs = known[case.name]
             words = "course project: one seed, best epoch on the test set"
-            ax.plot([accuracy], [row + 0.3], "X", color=ORANGE, markersize=8, label=once(words))
-            text = f"{accuracy:.2f}" + (f" ({epochs} of 50 epochs)" if epochs < 50 else "")
-            ax.annotate(text, (accuracy, row + 0.3), (7, 0), textcoords="offset points", fontsize=8, va="center")
-    case_rows(ax, cases)
+            theirs.plot([accuracy], [row], "D", color=ORANGE, markersize=6, label=once(words))
+            text = f"{accuracy:.2f}" + (f"\n({epochs} of 50 epochs)" if epochs < 50 else "")
+            theirs.annotate(text, (accuracy, row), (7, 0), textcoords="offset points", fontsize=8, va="center")
+    case_rows(theirs, cases)
+    ax.grid(visible=False, axis="y")
+    ax.tick_params(labelleft=False)
     ax.margins(x=0.08)
-    ax.set_xlabel("test accuracy (%), with the weights of the best epoch on validation")
-    legend_below(figure, [ax], 3)
+    theirs.margins(x=0.35)
+    theirs.set_xlabel("course project (%)")
+    ax.set_xlabel("here: test accuracy (%), with the weights of the best epoch on validation")
+    legend_below(figure, [ax, theirs], 3)
     return figure
 
 
 def curves_figure(cases: Sequence[Case]) -> Figure:
-    """Validation accuracy and training loss against epochs, the mean of the seeds of each case."""
+    """Validation accuracy and training loss against epochs, the mean of the seeds of each case; of a long training the
+    last part, because all begin alike."""
+    last = max((row["epoch"] for case in cases if case.ok for row in case.epochs), default=0)
+    first = LATE * last if last >= 20 else 0
+    words = f" from epoch {first:.0f} on" if first else ""
     figure = blank_figure(
-        "Validation accuracy and training loss, means of the seeds (dashed: mixed tokens)", study_caption(cases), 6.0
+        f"Validation accuracy and training loss{words}, means of the seeds (dashed: mixed tokens)",
+        study_caption(cases),
+        6.0,
     )
     axes = [tidy(ax) for ax in figure.subplots(1, 2)]
     for ax, key, scale in zip(axes, ("validation_accuracy", "train_loss"), (100, 1), strict=True):
@@ -209,7 +256,7 @@ def curves_figure(cases: Sequence[Case]) -> Figure:
                 label = f"{case.name}: {case.status}"
                 ax.plot([], [], "x", color=RED, label=label)
                 continue
-            x, y = mean_curve(case.epochs, key)
+            x, y = mean_curve([row for row in case.epochs if row["epoch"] >= first], key)
             style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.4}
             style |= {"linestyle": "--" if "mixed" in case.name else "-", "marker": "." if len(x) <= 10 else None}
             ax.plot(x, [scale * value for value in y], label=case.name, **style)
@@ -345,7 +392,7 @@ def by_kind(cases: Sequence[Case], kind: Callable[[Case], Any]) -> dict[Any, lis
 
 
 def seed_points(ax: Axes, cases: Sequence[Case], where: Callable[[Case], float], label: str, **style: Any) -> None:
-    """Mean test accuracy of cases along x as a line, every seed as a pale dot; a case that failed is a cross."""
+    """Mean test accuracy of cases along x as a line, every seed as a pale dot; a case that failed is a cross on top."""
     done = [case for case in cases if case.ok]
     points = [(where(case), 100 * case.results["test_accuracy"]) for case in done]
     if points:
@@ -356,7 +403,7 @@ def seed_points(ax: Axes, cases: Sequence[Case], where: Callable[[Case], float],
     for case in cases:
         if not case.ok:
             words = {"label": f"{case.name}: {case.status}", "transform": ax.get_xaxis_transform(), "zorder": 5}
-            ax.plot([where(case)], [0.03], "x", color=RED, markersize=9, markeredgewidth=2, **words)
+            ax.plot([where(case)], [1.0], "x", color=RED, markersize=9, markeredgewidth=2, clip_on=False, **words)
 
 
 def tokens_accuracy(cases: Sequence[Case]) -> Figure:
@@ -393,11 +440,21 @@ def tokens_time(cases: Sequence[Case]) -> Figure:
         colour = token_kind(case)[1]
         ax.bar(place, step, 0.75, color=colour)
         ax.bar(place, cut or 0, 0.75, bottom=step, color="white", edgecolor=colour, hatch="////")
+        values = seeds_of(case.results, "step_ms_median")
+        if len(values) > 1:
+            ax.plot([place, place], [min(values), max(values)], "_-", color="black", linewidth=1.2, markersize=7)
         text = f"{short(step)}\n+ {short(cut)}" if cut else short(step)
-        ax.annotate(text, (place, step + (cut or 0)), (0, 3), textcoords="offset points", fontsize=8.5, ha="center")
+        ax.annotate(
+            text,
+            (place, max([step + (cut or 0), *values])),
+            (0, 3),
+            textcoords="offset points",
+            fontsize=8.5,
+            ha="center",
+        )
     names = [f"{token_count(case)} tokens\n{case.name}" for case in ordered]
     ax.set_xticks(range(len(ordered)), names, fontsize=8)
-    ax.set_ylabel("ms, median: training step,\non top (hatched) cutting the tokens")
+    ax.set_ylabel("ms, median: training step (black: range of seeds),\non top (hatched) cutting the tokens")
     ax.set_ylim(0, 1.2 * top)
     ax.grid(visible=False, axis="x")
     return figure
