@@ -3,17 +3,31 @@
     python report_vit.py                              prints every table of outputs/vit
     python report_vit.py --output_folder mine         those of your own runs
 
-report.py puts them into the README. An accuracy is the mean of the seeds with the smallest and the largest; a
-difference counts only where those ranges do not overlap. What has not been run is one line that says so.
+report.py puts them into the README. An accuracy is the mean of the seeds with the smallest and the largest. A
+difference counts only where those ranges do not overlap and where it is larger than what seeds alone do in one
+comparison of twenty, by the spread of all cases of the study together: the ranges of three seeds miss each other by
+chance too often. What has not been run is one line that says so.
 """
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plot_patchtst import Case
-from plot_vit_studies import CONTROL, COURSE, read_study, seeds_of, sibling_control, steady_minutes
+from plot_vit_studies import (
+    CONTROL,
+    COURSE,
+    read_study,
+    seed_noise,
+    seeds_of,
+    seen_by_chance,
+    sibling_control,
+    steady_minutes,
+    student,
+)
 from report_text import ROOT, markdown, place, plain, read_json, shown
 from utils import SettingsError, parse_settings, run_script, setting
 
@@ -33,7 +47,13 @@ CASES = {  # of the ablation, in the order of the course project's table
 }
 GOALS = (  # what the long run is held against: model, parameters, epochs, minutes, accuracy
     ("course project's baseline, best epoch on the test set", "11,965,642", "50", "31", "78.4 %"),
-    ("ViT-Lite-7/4, Hassani et al. 2021, first release of their code", "3.717 M", "200", "-", "91.38 %"),
+    (
+        "ViT-Lite-7/4, Hassani et al. 2021, first release of their code (later versions of the paper report more)",
+        "3.717 M",
+        "200",
+        "-",
+        "91.38 %",
+    ),
 )
 
 
@@ -58,16 +78,17 @@ def spread(results: dict[str, Any], key: str = "test_accuracy") -> str:
     return f"{100 * sum(values) / len(values):.2f} % ({words})"
 
 
-def difference(own: dict[str, Any], control: dict[str, Any] | None) -> str:
-    """Points of test accuracy above the control; no difference where the ranges of the seeds overlap."""
+def difference(own: dict[str, Any], control: dict[str, Any] | None, noise: tuple[float, int]) -> str:
+    """Points of test accuracy above the control; no difference where ranges overlap or noise does as much."""
     mine, theirs = seeds_of(own, "test_accuracy"), seeds_of(control or {}, "test_accuracy")
     if not mine or not theirs:
         return "-"
-    points = 100 * (sum(mine) / len(mine) - sum(theirs) / len(theirs))
+    points = 100 * (statistics.fmean(mine) - statistics.fmean(theirs))
     if min(len(mine), len(theirs)) < 2:
         return f"{points:+.2f} (one seed)"
     overlap = min(mine) <= max(theirs) and min(theirs) <= max(mine)
-    return f"no difference ({points:+.2f})" if overlap else f"{points:+.2f}"
+    chance = abs(points) <= 100 * seen_by_chance(noise, len(mine), len(theirs))
+    return f"no difference ({points:+.2f})" if overlap or chance else f"{points:+.2f}"
 
 
 def minutes(results: dict[str, Any]) -> str:
@@ -89,6 +110,13 @@ def rate(case: Case) -> str:
     )
 
 
+def times_of_seeds(results: dict[str, Any], key: str) -> str:
+    """Mean of the seeds with the smallest and the largest."""
+    values = seeds_of(results, key)
+    words = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
+    return shown(results.get(key)) + words
+
+
 def scientific(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
 
@@ -106,6 +134,7 @@ def ablation_table(outputs: Path, data: str) -> str:
         return not_run("the ablation", study_command("ablation", data))
     cases = {case.name: case for case in read_study(folder)[1]} if there else {}
     control = cases[CONTROL].results if CONTROL in cases and cases[CONTROL].ok else None
+    noise = seed_noise([case.results for case in cases.values() if case.ok])
     course = COURSE[data]
     header = ["case", "model", "parameters", "training, minutes: a seed / the first, which compiles"]
     header += ["best validation accuracy", "test accuracy (seeds)"]
@@ -127,7 +156,7 @@ def ablation_table(outputs: Path, data: str) -> str:
                 minutes(results),
                 percent(results["validation_accuracy"]),
                 spread(results),
-                "-" if name == CONTROL else difference(results, control),
+                "-" if name == CONTROL else difference(results, control, noise),
                 rate(case),
                 shown(results["peak_allocated_gib"]),
                 scientific(results["head_correlation_squares"]),
@@ -143,13 +172,67 @@ def ablation_table(outputs: Path, data: str) -> str:
     return table if there else f"{table}\n\n{not_run('the ablation', study_command('ablation', data))}"
 
 
+TECHNIQUES = {"decatt": "DeCAtt", "mixed": "mixed-resolution tokens", "flash": "flash attention"}
+
+
+def combination(parts: Sequence[str]) -> str:
+    """The ablation's name of a case with these techniques."""
+    return "+".join(name for name in TECHNIQUES if name in parts) or CONTROL
+
+
+def effect(found: dict[str, dict[str, Any]], technique: str, key: str) -> tuple[float, float]:
+    """What a technique changes on the mean of the four pairs of cases that differ by it alone, and its 95 % interval.
+
+    Args:
+        found: results of all eight combinations by name.
+        technique: of TECHNIQUES.
+        key: an accuracy that every seed has.
+
+    Returns:
+        (difference, half of the interval's width), by the spread of the seeds within the eight cases.
+    """
+    others = [name for name in TECHNIQUES if name != technique]
+    groups = [[name for place, name in enumerate(others) if number >> place & 1] for number in range(4)]
+    means = {name: statistics.fmean(seeds_of(results, key)) for name, results in found.items()}
+    points = [means[combination([*group, technique])] - means[combination(group)] for group in groups]
+    deviation, freedom = seed_noise(list(found.values()), key)
+    error = math.sqrt(sum(1 / len(seeds_of(results, key)) for results in found.values())) / len(groups)
+    return statistics.fmean(points), student(freedom) * deviation * error
+
+
+def effects_table(outputs: Path, data: str) -> str:
+    """Each technique over all eight combinations: with it against without it."""
+    folder = outputs / "vit" / f"ablation-{data}"
+    cases = {case.name: case for case in read_study(folder)[1]} if (folder / "experiment.json").is_file() else {}
+    names = [combination([name for place, name in enumerate(TECHNIQUES) if n >> place & 1]) for n in range(8)]
+    found = {name: cases[name].results for name in names if name in cases and cases[name].ok}
+    if len(found) < 8 or any(len(seeds_of(results, "test_accuracy")) < 2 for results in found.values()):
+        return not_run("all eight combinations with several seeds", study_command("ablation", data))
+    lines = []
+    for technique, words in TECHNIQUES.items():
+        line = [words]
+        for key in ("test_accuracy", "validation_accuracy"):
+            line.append("{:+.2f} (+/- {:.2f})".format(*(100 * value for value in effect(found, technique, key))))
+        pairs = [
+            (found[name], found[combination([part for part in name.split("+") if part != technique])])
+            for name in names
+            if technique in name.split("+")
+        ]
+        for key in ("images_per_s", "peak_allocated_gib"):
+            ratios = [own[key] / other[key] for own, other in pairs]
+            line.append(f"{min(ratios):.2f}-{max(ratios):.2f}")
+        lines.append(line)
+    header = ["technique", "test accuracy, points (95 %)", "best validation accuracy, points (95 %)"]
+    return markdown([*header, "images/s of a step, times", "peak, times"], lines)
+
+
 def tokens_table(outputs: Path, data: str = "cifar10") -> str:
     """Regular grids and mixed tokens by number: accuracy, time of the step and of cutting, work of an image."""
     folder = outputs / "vit" / f"tokens-{data}"
     if not (folder / "experiment.json").is_file():
         return not_run("the study of tokens", study_command("tokens", data))
-    header = ["case", "kind", "tokens", "test accuracy (seeds)", "step, ms", "cutting tokens, ms"]
-    header += ["its part of the step with augmenting and cutting"]
+    header = ["case", "kind", "tokens", "test accuracy (seeds)", "step, ms (seeds)", "cutting tokens, ms"]
+    header += ["share of augmenting, cutting and step"]
     header += ["images/s of a step / with augmenting and tokens", "GFLOP an image"]
     lines = []
     for case in read_study(folder)[1]:
@@ -166,7 +249,7 @@ def tokens_table(outputs: Path, data: str = "cifar10") -> str:
                 case.words,
                 str(case.info["model"]["num_tokens"]),
                 spread(results),
-                shown(results["step_ms_median"]),
+                times_of_seeds(results, "step_ms_median"),
                 shown(cut),
                 "-" if part is None else f"{100 * part:.1f} %",
                 rate(case),
@@ -183,6 +266,7 @@ def decatt_table(outputs: Path, data: str = "cifar10") -> str:
         return not_run("the weights of DeCAtt", study_command("decatt", data))
     control = sibling_control(folder)
     cases = ([] if control is None else [control]) + read_study(folder)[1]
+    noise = seed_noise([case.results for case in cases if case.ok])
     header = ["weight", "layers", "test accuracy (seeds)", "against weight 0, points"]
     header += ["mean C^2: start, after training", "mean \\|C\\|: start, after training"]
     header += ["without each layer's most redundant head", "without a random head of each layer"]
@@ -204,7 +288,7 @@ def decatt_table(outputs: Path, data: str = "cifar10") -> str:
                 f"{case.info.get('decatt_weight') or 0:g}",
                 of_all,
                 spread(results),
-                "-" if case is control else difference(results, None if control is None else control.results),
+                "-" if case is control else difference(results, None if control is None else control.results, noise),
                 *pairs,
                 spread(results, "test_accuracy_without_a_redundant_head"),
                 spread(results, "test_accuracy_without_a_random_head"),
@@ -237,16 +321,17 @@ def split_sizes(info: dict[str, Any]) -> str:
 def goal_table(outputs: Path) -> str:
     """The long runs (outputs/vit/best and best-*) beside the accuracies that they are held against."""
     command = "python vit_train.py --dataset cifar10 --data_path cifar10.npz --run_name best"
-    header = ["model", "recipe", "images: training / validation", "parameters", "epochs", "training, minutes"]
-    header += ["with compiling and validation", "validation accuracy (seeds)", "test accuracy (seeds)"]
+    header = ["model", "recipe", "images: training / validation", "parameters", "epochs"]
+    header += ["training, minutes: without / with the first step, which compiles", "with validation"]
+    header += ["validation accuracy (seeds)", "test accuracy (seeds)"]
     lines = []
     for path in sorted((outputs / "vit").glob("best*/run.json")):
         info = read_json(path)
         name = f"`{path.parent.name}`, {info['device_name']}" if info.get("device_name") else f"`{path.parent.name}`"
-        if info["status"] != "ok":
-            lines.append([name, info["status"], *["-"] * 7])
+        results = info.get("results") or {}
+        if info.get("status") != "ok" or not results.get("seeds"):
+            lines.append([name, info.get("status", "no status"), *["-"] * 7])
             continue
-        results = info["results"]
         own = results["seeds"]
         lines.append(
             [
@@ -255,15 +340,15 @@ def goal_table(outputs: Path) -> str:
                 split_sizes(info),
                 f"{results['parameters']:,}",
                 ", ".join(str(epochs) for epochs in sorted({row["epochs"] for row in own})),
-                f"{results['training_minutes']:.2f}",
+                minutes(results),
                 f"{results['total_minutes']:.2f}",
                 spread(results, "validation_accuracy"),
                 spread(results),
             ]
         )
     missing = [] if lines else [not_run("the long training", command)]
-    for name, parameters, epochs, minutes, accuracy in GOALS:
-        lines.append([name, "-", "-", parameters, epochs, minutes, "-", "-", accuracy])
+    for name, parameters, epochs, took, accuracy in GOALS:
+        lines.append([name, "-", "-", parameters, epochs, took, "-", "-", accuracy])
     return "\n\n".join([markdown(header, lines), *missing])
 
 
@@ -272,21 +357,23 @@ def peer_table(outputs: Path) -> str:
     path = outputs / "vit" / "peer" / "run.json"
     if not path.is_file():
         return not_run("the step of another library's model", "python vit_benchmark.py --questions peer")
-    results = read_json(path)["results"]
+    results = read_json(path).get("results") or {}
+    if not results.get("rows"):
+        return not_run("the step of another library's model", "python vit_benchmark.py --questions peer")
     times = {row["variant"]: row["ms"] for row in results["rows"] if row["status"] == "ok"}
     lines = []
     for row in results["rows"]:
         name, base = row["variant"], row["baseline"]
         line = [plain(name), plain(base or "-")]
         if row["status"] != "ok":
-            lines.append([*line, row["status"], *["-"] * 4, plain(row["note"] or "")])
+            lines.append([*line, row["status"], *["-"] * 5, plain(row["note"] or "")])
             continue
         own = [ms for ms in row.get("ms_of_rounds") or [] if ms is not None]
         exact = row["exactness"] or "-"
         span = f" ({min(own):.2f}-{max(own):.2f})" if own else ""
         line += [f"{row['ms']:.2f}{span}", f"{row['ms'] / times[base]:.2f}" if base in times else "-"]
         rate = row.get("images_per_s")
-        line += ["-" if rate is None else f"{rate:,.0f}", shown(row["peak_gib"])]
+        line += ["-" if rate is None else f"{rate:,.0f}", shown(row["peak_gib"]), row.get("residual_stream") or "-"]
         line += [exact + ("" if row["error"] is None else f" ({row['error']:.1e})")]
         lines.append([*line, plain(row["note"] or "")])
     header = [
@@ -296,6 +383,7 @@ def peer_table(outputs: Path) -> str:
         "times that",
         "images/s",
         "peak, GiB",
+        "residual stream",
         "result (error)",
         "note",
     ]
@@ -309,6 +397,7 @@ def vit_tables(outputs: Path) -> dict[str, Callable[[], str]]:
     """Name -> table."""
     return {
         "vit ablation": lambda: ablation_table(outputs, "cifar10"),
+        "vit effects": lambda: effects_table(outputs, "cifar10"),
         "vit cifar100": lambda: ablation_table(outputs, "cifar100"),
         "vit tokens": lambda: tokens_table(outputs),
         "vit decatt": lambda: decatt_table(outputs),
