@@ -81,7 +81,7 @@ def read_run(folder: Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunFolderError(f"{folder} is not a folder; give a run folder such as outputs/llm/RUN_NAME or outputs/vit/RUN_NAME")
+        raise RunFolderError(f"{folder} is not a folder; give a run folder, outputs/EXPERIMENT/RUN_NAME")
     path = folder / "run.json"
     if not path.is_file():
         raise RunFolderError(f"{folder} has no run.json, so it is not a run folder")
