@@ -246,7 +246,7 @@ def test_what_the_readme_says_about_the_long_runs_and_the_peer():
     assert fused["ms"] < textbook["ms"] and fused["ms"] / best["ms"] >= 1.2  # the goal
     same = ((ours["eager"], textbook), (ours["sdpa_cudnn"], fused))
     assert "cudnn" in fused["kernel"]
-    words = "Kernel for kernel it is {:.2f} times (textbook) and {:.2f} times (cuDNN's)"
+    words = "Kernel for kernel they are {:.2f} times (textbook) and {:.2f} times (cuDNN's)"
     assert words.format(*(own["images_per_s"] / theirs["images_per_s"] for own, theirs in same)) in README
     words = "The memory is not: {:.2f} and {:.2f} times, kernel for kernel"
     assert words.format(*(own["peak_gib"] / theirs["peak_gib"] for own, theirs in same)) in README
