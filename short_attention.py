@@ -118,13 +118,31 @@ def triton_kernels() -> tuple[Callable, Callable]:
         return scores / total[:, None], tail / total[:, None]
 
     @triton.jit
+    def load(q_pointer, k_pointer, v_pointer, places, inside):
+        """q, k and v of some tokens; 0 beyond the sequence and the head."""
+        q = tl.load(q_pointer + places, mask=inside, other=0.0)
+        k = tl.load(k_pointer + places, mask=inside, other=0.0)
+        return q, k, tl.load(v_pointer + places, mask=inside, other=0.0)
+
+    @triton.jit
+    def output_of(
+        q, k, v, tail_k, tail_v, rows, tokens, scale,
+        T: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
+    ):  # fmt: skip
+        """What some queries see."""
+        weights, tail = weights_of(q, k, tail_k, rows, tokens, scale, T, TAIL, CAUSAL, EXACT)
+        output = tl.dot(weights.to(v.dtype), v, input_precision="ieee" if EXACT else "tf32")
+        if TAIL:
+            output += tl.dot(tail.to(v.dtype), tail_v, input_precision="ieee" if EXACT else "tf32")
+        return output.to(v.dtype)
+
+    @triton.jit
     def forward_kernel(
         q_pointer, k_pointer, v_pointer, output_pointer, tokens, heads, scale,
         sequence_stride, token_stride, head_stride, output_sequence, output_token, output_head,
         T: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
         CAUSAL: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
-        precision: tl.constexpr = "ieee" if EXACT else "tf32"
         SEEN: tl.constexpr = 0 if CAUSAL else TAIL  # of the tail by queries of the tile
         groups = tl.cdiv(heads, HEADS)
         sequence = (tl.program_id(0) // groups).to(tl.int64)
@@ -133,31 +151,20 @@ def triton_kernels() -> tuple[Callable, Callable]:
             head = tl.program_id(0) % groups * HEADS + number
             mine = (dims < HEAD_DIM) & (head + dims // HEAD_DIM < heads)  # the last program may have fewer heads
             inside = (rows < tokens)[:, None] & mine[None, :]
-            start, output_start = sequence * sequence_stride, sequence * output_sequence
-            places = start + rows[:, None] * token_stride + head * head_stride + dims[None, :]
-            q = tl.load(q_pointer + places, mask=inside, other=0.0)
-            k = tl.load(k_pointer + places, mask=inside, other=0.0)
-            v = tl.load(v_pointer + places, mask=inside, other=0.0)
-            tail_k = k
+            start = sequence * sequence_stride + head * head_stride + dims[None, :]
+            output_start = output_pointer + sequence * output_sequence + head * output_head + dims[None, :]
+            q, k, v = load(q_pointer, k_pointer, v_pointer, start + rows[:, None] * token_stride, inside)
+            tail_k, tail_v = k, v
             if TAIL:
                 tail_rows = T + tl.arange(0, TAIL)
                 tail_inside = (tail_rows < tokens)[:, None] & mine[None, :]
-                tail_places = start + tail_rows[:, None] * token_stride + head * head_stride + dims[None, :]
-                tail_q = tl.load(q_pointer + tail_places, mask=tail_inside, other=0.0)
-                tail_k = tl.load(k_pointer + tail_places, mask=tail_inside, other=0.0)
-                tail_v = tl.load(v_pointer + tail_places, mask=tail_inside, other=0.0)
-            weights, tail = weights_of(q, k, tail_k, rows, tokens, scale, T, SEEN, CAUSAL, EXACT)
-            output = tl.dot(weights.to(v.dtype), v, input_precision=precision)
-            if SEEN:
-                output += tl.dot(tail.to(v.dtype), tail_v, input_precision=precision)
-            places = output_start + rows[:, None] * output_token + head * output_head + dims[None, :]
-            tl.store(output_pointer + places, output.to(v.dtype), mask=inside)
+                tail_places = start + tail_rows[:, None] * token_stride
+                tail_q, tail_k, tail_v = load(q_pointer, k_pointer, v_pointer, tail_places, tail_inside)
+            output = output_of(q, k, v, tail_k, tail_v, rows, tokens, scale, T, SEEN, CAUSAL, EXACT)
+            tl.store(output_start + rows[:, None] * output_token, output, mask=inside)
             if TAIL:
-                weights, tail = weights_of(tail_q, k, tail_k, tail_rows, tokens, scale, T, TAIL, CAUSAL, EXACT)
-                output = tl.dot(weights.to(v.dtype), v, input_precision=precision)
-                output += tl.dot(tail.to(v.dtype), tail_v, input_precision=precision)
-                places = output_start + tail_rows[:, None] * output_token + head * output_head + dims[None, :]
-                tl.store(output_pointer + places, output.to(v.dtype), mask=tail_inside)
+                output = output_of(tail_q, k, v, tail_k, tail_v, tail_rows, tokens, scale, T, TAIL, CAUSAL, EXACT)
+                tl.store(output_start + tail_rows[:, None] * output_token, output, mask=tail_inside)
 
     @triton.jit
     def gradients_of(
@@ -202,9 +209,7 @@ def triton_kernels() -> tuple[Callable, Callable]:
             start = sequence * sequence_stride + head * head_stride + dims[None, :]
             gradient_start = sequence * gradient_sequence + head * gradient_head + dims[None, :]
             places = start + rows[:, None] * token_stride
-            q = tl.load(q_pointer + places, mask=inside, other=0.0)
-            k = tl.load(k_pointer + places, mask=inside, other=0.0)
-            v = tl.load(v_pointer + places, mask=inside, other=0.0)
+            q, k, v = load(q_pointer, k_pointer, v_pointer, places, inside)
             gradient = tl.load(
                 gradient_pointer + gradient_start + rows[:, None] * gradient_token, mask=inside, other=0.0
             )
@@ -213,9 +218,7 @@ def triton_kernels() -> tuple[Callable, Callable]:
                 tail_rows = T + tl.arange(0, TAIL)
                 tail_inside = (tail_rows < tokens)[:, None] & mine[None, :]
                 tail_places = start + tail_rows[:, None] * token_stride
-                tail_q = tl.load(q_pointer + tail_places, mask=tail_inside, other=0.0)
-                tail_k = tl.load(k_pointer + tail_places, mask=tail_inside, other=0.0)
-                tail_v = tl.load(v_pointer + tail_places, mask=tail_inside, other=0.0)
+                tail_q, tail_k, tail_v = load(q_pointer, k_pointer, v_pointer, tail_places, tail_inside)
                 theirs = gradient_start + tail_rows[:, None] * gradient_token
                 tail_gradient = tl.load(gradient_pointer + theirs, mask=tail_inside, other=0.0)
             dq, dk, dv, tail_dk, tail_dv = gradients_of(

@@ -27,9 +27,11 @@ def inside(function, name):  # what the function found around it; the interprete
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 forward, backward = short_attention.triton_kernels()
-short_attention.weights_of = inside(inside(forward, "forward_kernel").fn, "weights_of")
+forward_kernel, backward_kernel = inside(forward, "forward_kernel").fn, inside(backward, "backward_kernel").fn
+short_attention.load, short_attention.output_of = (inside(forward_kernel, name) for name in ("load", "output_of"))
+short_attention.gradients_of = inside(backward_kernel, "gradients_of")
+short_attention.weights_of = inside(short_attention.output_of.fn, "weights_of")
 short_attention.scores_of = inside(short_attention.weights_of.fn, "scores_of")
-short_attention.gradients_of = inside(inside(backward, "backward_kernel").fn, "gradients_of")
 shapes = [(2, 42, 3, 8), (3, 16, 2, 16), (2, 5, 1, 20), (1, 33, 2, 64), (1, 64, 1, 16)]
 tailed = [(1, 65, 2, 64), (1, 80, 1, 16), (2, 73, 3, 8), (1, 81, 1, 16), (1, 65, 1, 80)]  # more than fp32 takes
 for heads_a_program in (1, 2):
