@@ -32,7 +32,6 @@ ARCHIVE_ERRORS = (
     KeyError,
     SyntaxError,
     MemoryError,
-    NotImplementedError,
     RuntimeError,
     IndexError,
     TypeError,

@@ -25,10 +25,6 @@ from plot_vit_studies import (
     cost_figure,
     curves_figure,
     legend_below,
-    random_heads,
-    read_study,
-    seeds_of,
-    sibling_control,
     study_correlation,
     tidy,
     tokens_accuracy,
@@ -36,6 +32,7 @@ from plot_vit_studies import (
     weights_figure,
 )
 from utils import SettingsError, run_script
+from vit_results import random_heads, read_study, seeds_of, sibling_control
 
 LAYERS_A_ROW = 12  # of heat maps
 

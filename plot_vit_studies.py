@@ -1,7 +1,7 @@
 """The figures of vit_train.py's studies, and what they share with those of one run.
 
-plot_vit.py draws them; report_vit.py reads studies through here, too. A case that ended with `oom`, `error` or
-`unsupported` is a cross with its status, never left out. Every seed is a dot; a mean of seeds never stands alone.
+plot_vit.py draws them. A case that ended with `oom`, `error` or `unsupported` is a cross with its status, never left
+out. Every seed is a dot; a mean of seeds never stands alone.
 """
 
 import math
@@ -18,29 +18,9 @@ from matplotlib.ticker import MaxNLocator
 
 import plot
 from plot import BLUE, GREEN, GREY, ORANGE, RED, Run, caption, new_figure, short
-from plot_patchtst import LINE_COLOURS, Case, read_experiment
-from utils import SettingsError
+from plot_patchtst import LINE_COLOURS, Case
+from vit_results import CONTROL, COURSE, random_heads, seed_noise, seeds_of, seen_by_chance, steady_minutes
 
-CONTROL = "small"  # the case of the ablation with none of the three techniques
-# What the course project measured: accuracy of its best epoch on the test set (%), seconds of an epoch, epochs that
-# ran; one seed, fp32 on a V100. A case that is missing here it did not train.
-COURSE: dict[str, dict[str, tuple[float, float, int]]] = {
-    "cifar10": {
-        "large": (78.39, 37.1, 50),
-        "decatt": (80.31, 31.2, 50),
-        "flash": (79.19, 23.8, 50),
-        "mixed+flash": (75.18, 182.3, 35),
-        "decatt+flash": (79.62, 24.6, 50),
-        "decatt+mixed": (76.70, 131.8, 50),
-        "decatt+mixed+flash": (75.55, 138.2, 46),
-    },
-    "cifar100": {
-        "large": (45.72, 37.3, 50),
-        "decatt": (51.33, 31.6, 50),
-        "flash": (50.50, 24.0, 50),
-        "decatt+flash": (49.98, 24.3, 50),
-    },
-}
 COLOURS = (*LINE_COLOURS, "#A0522D")  # as many as the ablation has cases
 LATE = 0.4  # of the epochs are left out where curves are compared
 SCORER_STYLES = {  # of mixed tokens: words, colour, marker
@@ -51,63 +31,8 @@ SCORER_STYLES = {  # of mixed tokens: words, colour, marker
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Reading
+# What the figures share
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def read_study(folder: Path) -> tuple[str, list[Case]]:
-    """The study's name and its cases in order.
-
-    Raises:
-        SettingsError: no experiment.json, or a file that is damaged.
-    """
-    if not (folder / "experiment.json").is_file():
-        raise SettingsError(f"{folder} has no experiment.json, so it is no study of vit_train.py")
-    try:
-        return read_experiment(folder)
-    except SettingsError:
-        raise
-    except ValueError as error:
-        raise SettingsError(f"a file of the study {folder} is damaged: {error}") from None
-
-
-def seeds_of(results: dict[str, Any], key: str) -> list[float]:
-    """What every seed measured, without those that did not."""
-    return [row[key] for row in results.get("seeds") or [] if row.get(key) is not None]
-
-
-def student(freedom: int) -> float:
-    """Student's t of which 95 % lie between -t and t, by degrees of freedom (2: 3 % too small, from 6 on 0.1 %).
-
-    Source: Abramowitz and Stegun 1964, Handbook of Mathematical Functions, 26.7.5.
-    """
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
-
-
-def seed_noise(cases: Sequence[dict[str, Any]], key: str = "test_accuracy") -> tuple[float, int]:
-    """Deviation of a seed from the mean of its case, over all cases together; and its degrees of freedom."""
-    groups = [values for results in cases if len(values := seeds_of(results, key)) > 1]
-    freedom = sum(len(values) - 1 for values in groups)
-    squares = sum(statistics.variance(values) * (len(values) - 1) for values in groups)
-    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
-
-
-def seen_by_chance(noise: tuple[float, int], mine: int, theirs: int) -> float:
-    """Largest difference of means of so many seeds that noise alone makes in 95 of 100 comparisons."""
-    deviation, freedom = noise
-    return student(freedom) * deviation * math.sqrt(1 / mine + 1 / theirs) if freedom else math.nan
-
-
-def steady_minutes(results: dict[str, Any]) -> list[float]:
-    """Minutes of training of each seed without its first step, in which the first seed compiles."""
-    rows = results.get("seeds") or []
-    return [row["training_minutes"] - (row.get("first_step_ms") or 0) / 60000 for row in rows]
 
 
 def study_caption(cases: Sequence[Case]) -> str:
@@ -122,15 +47,6 @@ def study_caption(cases: Sequence[Case]) -> str:
 def data_of(cases: Sequence[Case]) -> str:
     """The data set's name."""
     return next((case.info["dataset"]["name"] for case in cases if case.info.get("dataset")), "?")
-
-
-def random_heads(info: dict[str, Any]) -> float | None:
-    """Expected C^2 of two heads with random outputs: 1 / (tokens x head_dim)."""
-    model = info.get("model")
-    if not model:
-        return None
-    tokens = model["num_tokens"] + (model["pool"] == "class")
-    return 1 / (tokens * model["embedding_dim"] // model["num_heads"])
 
 
 def mean_curve(epochs: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -189,8 +105,10 @@ def cross(ax: Axes, row: float, status: str, at: float = 0.03) -> None:
 
 
 def ablation_accuracy(cases: Sequence[Case]) -> Figure:
-    """Test accuracy of each case: every seed and the mean; how far seeds alone lead from the control; and beside it,
-    on an axis of its own, what the course project had."""
+    """Test accuracy of each case: every seed, the mean, and how far from the control noise leads.
+
+    What the course project had stands beside it, on an axis of its own.
+    """
     data = data_of(cases)
     title = f"Test accuracy with each combination of techniques: {data} (the axes do not begin at 0)"
     figure = blank_figure(title, study_caption(cases), 1.8 + 0.52 * len(cases))
@@ -239,8 +157,10 @@ def ablation_accuracy(cases: Sequence[Case]) -> Figure:
 
 
 def curves_figure(cases: Sequence[Case]) -> Figure:
-    """Validation accuracy and training loss against epochs, the mean of the seeds of each case; of a long training the
-    last part, because all begin alike."""
+    """Validation accuracy and training loss against epochs, the mean of the seeds of each case.
+
+    Of a long training the last part is shown, because all begin alike.
+    """
     last = max((row["epoch"] for case in cases if case.ok for row in case.epochs), default=0)
     first = LATE * last if last >= 20 else 0
     words = f" from epoch {first:.0f} on" if first else ""
@@ -444,14 +364,8 @@ def tokens_time(cases: Sequence[Case]) -> Figure:
         if len(values) > 1:
             ax.plot([place, place], [min(values), max(values)], "_-", color="black", linewidth=1.2, markersize=7)
         text = f"{short(step)}\n+ {short(cut)}" if cut else short(step)
-        ax.annotate(
-            text,
-            (place, max([step + (cut or 0), *values])),
-            (0, 3),
-            textcoords="offset points",
-            fontsize=8.5,
-            ha="center",
-        )
+        at = (place, max([step + (cut or 0), *values]))
+        ax.annotate(text, at, (0, 3), textcoords="offset points", fontsize=8.5, ha="center")
     names = [f"{token_count(case)} tokens\n{case.name}" for case in ordered]
     ax.set_xticks(range(len(ordered)), names, fontsize=8)
     ax.set_ylabel("ms, median: training step (black: range of seeds),\non top (hatched) cutting the tokens")
@@ -467,22 +381,6 @@ def weight_of(case: Case) -> float:
 
 def is_first_layers(case: Case) -> bool:
     return "first" in case.name
-
-
-def sibling_control(folder: Path) -> Case | None:
-    """The case of the ablation on the same data that differs from this study's by DeCAtt alone; None without one."""
-    path = folder.parent / f"ablation-{folder.name.partition('-')[2]}"
-    if not (path / "experiment.json").is_file():
-        return None
-
-    def flags(case: Case) -> dict[str, str]:
-        given = (case.info.get("case") or {}).get("flags") or {}
-        given = {name: value for name, value in given.items() if not name.startswith("decatt_")}
-        return given | ({"data_path": Path(given["data_path"]).name} if "data_path" in given else {})
-
-    wanted = next((flags(case) for case in read_study(folder)[1] if case.ok), None)
-    cases = {case.name: case for case in read_study(path)[1] if case.ok}
-    return next((cases[name] for name in ("flash", CONTROL) if name in cases and flags(cases[name]) == wanted), None)
 
 
 def weights_figure(cases: Sequence[Case], control: Case | None) -> Figure:

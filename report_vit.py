@@ -9,15 +9,18 @@ comparison of twenty, by the spread of all cases of the study together: the rang
 chance too often. What has not been run is one line that says so.
 """
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plot_patchtst import Case
-from plot_vit_studies import (
+from report_text import ROOT, markdown, place, plain, read_json, shown
+from utils import SettingsError, parse_settings, run_script, setting
+from vit_results import (
     CONTROL,
     COURSE,
     read_study,
@@ -28,8 +31,6 @@ from plot_vit_studies import (
     steady_minutes,
     student,
 )
-from report_text import ROOT, markdown, place, plain, read_json, shown
-from utils import SettingsError, parse_settings, run_script, setting
 
 DATA_PATHS = {"cifar10": "--data_path cifar10.npz", "cifar100": "--download true"}
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
@@ -45,6 +46,7 @@ CASES = {  # of the ablation, in the order of the course project's table
     "decatt+mixed+flash": "all three",
     "centres": "control of mixed: a regular grid with its positions",
 }
+TECHNIQUES = {"decatt": "DeCAtt", "mixed": "mixed-resolution tokens", "flash": "flash attention"}
 GOALS = (  # what the long run is held against: model, parameters, epochs, minutes, accuracy
     ("course project's baseline, best epoch on the test set", "11,965,642", "50", "31", "78.4 %"),
     (
@@ -172,12 +174,15 @@ def ablation_table(outputs: Path, data: str) -> str:
     return table if there else f"{table}\n\n{not_run('the ablation', study_command('ablation', data))}"
 
 
-TECHNIQUES = {"decatt": "DeCAtt", "mixed": "mixed-resolution tokens", "flash": "flash attention"}
+def pairs_of(technique: str) -> list[tuple[str, str]]:
+    """Names of the four pairs of the ablation's cases that differ by a technique alone: (with it, without it)."""
+    others = [name for name in TECHNIQUES if name != technique]
+    groups = [group for count in range(len(others) + 1) for group in itertools.combinations(others, count)]
 
+    def case(parts: tuple[str, ...]) -> str:
+        return "+".join(name for name in TECHNIQUES if name in parts) or CONTROL
 
-def combination(parts: Sequence[str]) -> str:
-    """The ablation's name of a case with these techniques."""
-    return "+".join(name for name in TECHNIQUES if name in parts) or CONTROL
+    return [(case((*group, technique)), case(group)) for group in groups]
 
 
 def effect(found: dict[str, dict[str, Any]], technique: str, key: str) -> tuple[float, float]:
@@ -191,35 +196,28 @@ def effect(found: dict[str, dict[str, Any]], technique: str, key: str) -> tuple[
     Returns:
         (difference, half of the interval's width), by the spread of the seeds within the eight cases.
     """
-    others = [name for name in TECHNIQUES if name != technique]
-    groups = [[name for place, name in enumerate(others) if number >> place & 1] for number in range(4)]
-    means = {name: statistics.fmean(seeds_of(results, key)) for name, results in found.items()}
-    points = [means[combination([*group, technique])] - means[combination(group)] for group in groups]
+    pairs, values = pairs_of(technique), {name: seeds_of(results, key) for name, results in found.items()}
+    points = [statistics.fmean(values[own]) - statistics.fmean(values[other]) for own, other in pairs]
     deviation, freedom = seed_noise(list(found.values()), key)
-    error = math.sqrt(sum(1 / len(seeds_of(results, key)) for results in found.values())) / len(groups)
+    error = math.sqrt(sum(1 / len(seeds) for seeds in values.values())) / len(pairs)
     return statistics.fmean(points), student(freedom) * deviation * error
 
 
 def effects_table(outputs: Path, data: str) -> str:
     """Each technique over all eight combinations: with it against without it."""
     folder = outputs / "vit" / f"ablation-{data}"
-    cases = {case.name: case for case in read_study(folder)[1]} if (folder / "experiment.json").is_file() else {}
-    names = [combination([name for place, name in enumerate(TECHNIQUES) if n >> place & 1]) for n in range(8)]
-    found = {name: cases[name].results for name in names if name in cases and cases[name].ok}
-    if len(found) < 8 or any(len(seeds_of(results, "test_accuracy")) < 2 for results in found.values()):
+    cases = read_study(folder)[1] if (folder / "experiment.json").is_file() else []
+    names = {name for pair in pairs_of("flash") for name in pair}
+    found = {case.name: case.results for case in cases if case.ok and case.name in names}
+    if len(found) < len(names) or any(len(seeds_of(results, "test_accuracy")) < 2 for results in found.values()):
         return not_run("all eight combinations with several seeds", study_command("ablation", data))
     lines = []
     for technique, words in TECHNIQUES.items():
         line = [words]
         for key in ("test_accuracy", "validation_accuracy"):
             line.append("{:+.2f} (+/- {:.2f})".format(*(100 * value for value in effect(found, technique, key))))
-        pairs = [
-            (found[name], found[combination([part for part in name.split("+") if part != technique])])
-            for name in names
-            if technique in name.split("+")
-        ]
         for key in ("images_per_s", "peak_allocated_gib"):
-            ratios = [own[key] / other[key] for own, other in pairs]
+            ratios = [found[own][key] / found[other][key] for own, other in pairs_of(technique)]
             line.append(f"{min(ratios):.2f}-{max(ratios):.2f}")
         lines.append(line)
     header = ["technique", "test accuracy, points (95 %)", "best validation accuracy, points (95 %)"]
@@ -355,9 +353,7 @@ def goal_table(outputs: Path) -> str:
 def peer_table(outputs: Path) -> str:
     """Time and memory of a training step of each model, against the one that its row is held against."""
     path = outputs / "vit" / "peer" / "run.json"
-    if not path.is_file():
-        return not_run("the step of another library's model", "python vit_benchmark.py --questions peer")
-    results = read_json(path).get("results") or {}
+    results = (read_json(path).get("results") or {}) if path.is_file() else {}
     if not results.get("rows"):
         return not_run("the step of another library's model", "python vit_benchmark.py --questions peer")
     times = {row["variant"]: row["ms"] for row in results["rows"] if row["status"] == "ok"}

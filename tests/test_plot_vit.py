@@ -10,6 +10,7 @@ import pytest
 import plot
 import plot_vit
 import plot_vit_studies
+import vit_results
 from plot_vit import plot_run, plot_study
 from utils import SettingsError
 
@@ -207,7 +208,7 @@ def test_ablation_shows_seeds_control_course_and_failures(tmp_path):
     names = ["accuracy.png", "curves.png", "time.png", "head_correlation.png"]
     paths = plot_study(folder)
     assert [path.name for path in paths] == names and all(path.read_bytes()[:4] == PNG for path in paths)
-    _, cases = plot_vit_studies.read_study(folder)
+    _, cases = vit_results.read_study(folder)
     figure = plot_vit_studies.ablation_accuracy(cases)
     theirs, ax = figure.axes
     assert [tick.get_text().split("\n")[0] for tick in theirs.get_yticklabels()] == list(ABLATION)
@@ -215,7 +216,7 @@ def test_ablation_shows_seeds_control_course_and_failures(tmp_path):
     assert len(dots) == 9 and [[70, 4], [72, 4]] in dots
     assert [line.get_ydata()[0] for line in crosses(ax)] == [3] and crosses(ax)[0].get_xdata()[0] > 1  # beside the axes
     assert sorted(line.get_xdata()[0] for line in theirs.lines if line.get_marker() == "D") == sorted(
-        course[0] for course in plot_vit_studies.COURSE["cifar10"].values()
+        course[0] for course in vit_results.COURSE["cifar10"].values()
     )
     chance = 100 * 2.262 * 0.02**0.5 / 10  # Student's t with 9 degrees of freedom; every case's deviation is sqrt(2) %
     words = texts(figure)
@@ -227,7 +228,7 @@ def test_ablation_shows_seeds_control_course_and_failures(tmp_path):
 
 def test_curves_of_a_long_training_begin_late(tmp_path):
     folder = write_study(tmp_path / "ablation-x", "ablation", ablation())
-    cases = plot_vit_studies.read_study(folder)[1]
+    cases = vit_results.read_study(folder)[1]
     for case in cases:
         case.epochs[:] = [row | {"epoch": epoch} for epoch in range(1, 51) for row in case.epochs if row["epoch"] == 1]
     figure = plot_vit_studies.curves_figure(cases)
@@ -239,7 +240,7 @@ def test_cost_is_shown_against_the_control(tmp_path):
     folder = write_study(
         tmp_path / "ablation-x", "ablation", ablation(large={"seconds": 2.0}, decatt={"status": "error"})
     )
-    figure = plot_vit_studies.cost_figure(plot_vit_studies.read_study(folder)[1])
+    figure = plot_vit_studies.cost_figure(vit_results.read_study(folder)[1])
     minutes, rate, peak = figure.axes
     assert [len(crosses(ax)) for ax in figure.axes] == [1, 1, 1]
     assert "2.1 (x 2.00)" in texts(figure).replace("2.100", "2.1") and "500.0 (x 0.50)" in texts(figure)
@@ -248,7 +249,7 @@ def test_cost_is_shown_against_the_control(tmp_path):
 
 def test_curves_and_correlation_of_a_study(tmp_path):
     folder = write_study(tmp_path / "ablation-x", "ablation", ablation(flash={"status": "unsupported"}))
-    cases = plot_vit_studies.read_study(folder)[1]
+    cases = vit_results.read_study(folder)[1]
     left, right = plot_vit_studies.curves_figure(cases).axes
     lines = {line.get_label(): line.get_ydata() for line in left.lines}
     assert list(lines["small"]) == pytest.approx([100 * (0.79 + 0.1 - 0.2 / epoch) for epoch in (1, 2, 3)])
@@ -275,7 +276,7 @@ def token_cases() -> dict[str, dict]:
 def test_tokens_stand_by_number_and_scorer(tmp_path):
     folder = write_study(tmp_path / "tokens-cifar10", "tokens", token_cases())
     assert [path.name for path in plot_study(folder)] == ["accuracy.png", "time.png"]
-    cases = plot_vit_studies.read_study(folder)[1]
+    cases = vit_results.read_study(folder)[1]
     (ax,) = plot_vit_studies.tokens_accuracy(cases).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["regular grid"] == [[36, pytest.approx(37)], [49, pytest.approx(50)]]
@@ -290,12 +291,12 @@ def test_weights_stand_beside_the_control_of_the_ablation(tmp_path):
     options = {f"weight-{weight}": {"weight": float(weight)} for weight in (1, 10)}
     options |= {"weight-100": {"status": "error"}, "weight-10-first-3": {"weight": 10.0}}
     folder = write_study(tmp_path / "decatt-cifar10", "decatt", options)
-    assert plot_vit_studies.sibling_control(folder) is None
+    assert vit_results.sibling_control(folder) is None
     assert [path.name for path in plot_study(folder)] == ["weights.png", "head_correlation.png"]
     write_study(tmp_path / "ablation-cifar10", "ablation", ablation(flash={"accuracies": (0.6, 0.62)}))
-    control = plot_vit_studies.sibling_control(folder)
+    control = vit_results.sibling_control(folder)
     assert control.name == "flash"
-    figure = plot_vit_studies.weights_figure(plot_vit_studies.read_study(folder)[1], control)
+    figure = plot_vit_studies.weights_figure(vit_results.read_study(folder)[1], control)
     left, right = figure.axes
     lines = {line.get_label(): line for line in left.lines}
     assert lines["every layer"].get_xydata().tolist() == [[1, pytest.approx(79)], [10, pytest.approx(79)]]

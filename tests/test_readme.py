@@ -18,13 +18,13 @@ import llm_train
 import patchtst_benchmark
 import patchtst_plan
 import patchtst_train
-import plot_vit_studies
 import report_comparison
 import report_vit
 import time_series_dataset
 import vit_benchmark
 import vit_experiments
 import vit_plan
+import vit_results
 import vit_train
 from sample_images import sample_images
 from utils import parse_settings
@@ -101,7 +101,7 @@ def test_what_the_readme_says_about_decatt_alone():
     assert f"needs {saved:.3f} GiB less" in README
 
 
-def vit_results(*names: str) -> dict:
+def of_vit(*names: str) -> dict:
     """What outputs/vit says about a run."""
     return json.loads((ROOT / "outputs" / "vit").joinpath(*names, "run.json").read_text())["results"]
 
@@ -109,7 +109,7 @@ def vit_results(*names: str) -> dict:
 def test_what_the_readme_says_about_the_vit_ablation():
     """Sentences beside the generated table."""
     study = ROOT / "outputs" / "vit" / "ablation-cifar10"
-    found = {path.parent.name: vit_results(study.name, path.parent.name) for path in study.glob("*/run.json")}
+    found = {path.parent.name: of_vit(study.name, path.parent.name) for path in study.glob("*/run.json")}
     small, large, flash = found["small"], found["large"], found["flash"]
     decatt, both, mixed = found["decatt"], found["decatt+flash"], found["mixed"]
     points = {name: 100 * (own["test_accuracy"] - small["test_accuracy"]) for name, own in found.items()}
@@ -118,19 +118,19 @@ def test_what_the_readme_says_about_the_vit_ablation():
         "It reaches {:.2f} %, and every combination lies within {:.2f} points of it, where the noise of seeds alone "
     )
     words += "makes two cases of three seeds differ by up to {:.2f} points"
-    noise = plot_vit_studies.seed_noise(list(found.values()))
-    chance = plot_vit_studies.seen_by_chance(noise, 3, 3)
+    noise = vit_results.seed_noise(list(found.values()))
+    chance = vit_results.seen_by_chance(noise, 3, 3)
     assert all(own["seed_count"] == 3 for own in found.values()) and len(found) == 9
     assert words.format(100 * small["test_accuracy"], farthest, 100 * chance) in README
     assert max(farthest, points["large"]) < 100 * chance
-    power = 0.862 * chance / plot_vit_studies.student(noise[1])  # 80 % of Student's t lies below 0.862 (18 degrees)
+    power = 0.862 * chance / vit_results.student(noise[1])  # 80 % of Student's t lies below 0.862 (18 degrees)
     assert f"A true difference of {100 * (chance + power):.1f} points would be found four times in five" in README
-    minutes = [sum(plot_vit_studies.steady_minutes(own)) for own in (large, small)]
+    minutes = [sum(vit_results.steady_minutes(own)) for own in (large, small)]
     peaks = [own["peak_allocated_gib"] for own in (large, small, flash, decatt)]
     words = "the wide model is {:.2f} points above the control, less than noise makes, and takes "
     words += "{:.2f} times the time and {:.2f} times the memory"
     assert words.format(points["large"], minutes[0] / minutes[1], peaks[0] / peaks[1]) in README
-    course = {name: row[:2] for name, row in plot_vit_studies.COURSE["cifar10"].items()}
+    course = {name: row[:2] for name, row in vit_results.COURSE["cifar10"].items()}
     assert f"saw DeCAtt {course['decatt'][0] - course['large'][0]:.2f} points above its baseline" in README
     assert f"({course['large'][1]} against {course['flash'][1]} s an epoch)" in README
     words = f"{flash['images_per_s'] / small['images_per_s']:.2f} times the images/s of textbook attention at equal "
@@ -190,15 +190,15 @@ def test_what_the_readme_says_about_the_vit_ablation():
 
 def test_what_the_readme_says_about_fewer_tokens_and_long_runs():
     names = ("grid-36", "grid-49", "grid-64", "mixed-34", "mixed-49")
-    few, same, many, fewest, mixed = (vit_results("tokens-cifar10", name) for name in names)
+    few, same, many, fewest, mixed = (of_vit("tokens-cifar10", name) for name in names)
     work, time = (
         few["seeds"][0]["flops_per_image"] / many["seeds"][0]["flops_per_image"],
         few["step_ms_median"] / many["step_ms_median"],
     )
     assert f"(36 instead of 64: {100 * work:.0f} % of the operations, {100 * time:.0f} % of the step's time)" in README
     below = [100 * (grid["test_accuracy"] - own["test_accuracy"]) for grid, own in ((same, mixed), (few, fewest))]
-    best = {name: max(row["test_accuracy"] for row in vit_results("tokens-cifar10", name)["seeds"]) for name in names}
-    worst = {name: min(row["test_accuracy"] for row in vit_results("tokens-cifar10", name)["seeds"]) for name in names}
+    best = {name: max(row["test_accuracy"] for row in of_vit("tokens-cifar10", name)["seeds"]) for name in names}
+    worst = {name: min(row["test_accuracy"] for row in of_vit("tokens-cifar10", name)["seeds"]) for name in names}
     assert best["mixed-49"] > worst["grid-49"] and best["mixed-34"] < worst["grid-36"]
     longer = [own["tokenise_ms_median"] - grid["tokenise_ms_median"] for own, grid in ((mixed, same), (fewest, few))]
     words = "49 mixed tokens are {:.2f} points below a grid of 49, in overlapping ranges, 34 are {:.2f} points below a "
@@ -211,7 +211,7 @@ def test_what_the_readme_says_about_fewer_tokens_and_long_runs():
 
 def test_what_the_readme_says_about_the_long_runs_and_the_peer():
     runs = {path.parent.name: path.parent for path in (ROOT / "outputs" / "vit").glob("best*/run.json")}
-    long = {name: vit_results(name) for name in runs}
+    long = {name: of_vit(name) for name in runs}
     own, other = long.pop("best-f"), ("best-a", "best-b", "best-c")
     accuracy, minutes = own["test_accuracy"], own["training_minutes"]
     assert set(long) == set(other) and own["seed_count"] == 1 and own["parameters"] == 4197994

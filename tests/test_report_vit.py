@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import report_vit
-from plot_vit_studies import seed_noise, seen_by_chance, student
 from report_vit import (
     ablation_table,
     decatt_table,
@@ -19,6 +18,7 @@ from report_vit import (
     tokens_table,
 )
 from utils import SettingsError
+from vit_results import seed_noise, seen_by_chance, student
 
 
 def write_run(folder: Path, accuracies: tuple = (0.78, 0.8), tokens: int = 64, weight: float = 0.0, **more) -> None:

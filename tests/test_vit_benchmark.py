@@ -9,10 +9,12 @@ from torch.nn.attention import SDPBackend
 
 import simple_vit_peer
 import vit_benchmark
+import vit_measure
 from simple_vit_peer import SimpleViT, our_peer
 from technique_bench import relative_error
 from utils import SettingsError
-from vit_benchmark import Gate, Settings, Trial, make_images
+from vit_benchmark import Settings, make_images
+from vit_measure import Gate, Trial
 
 CPU = torch.device("cpu")
 SHAPE = {"num_layers": 2, "embedding_dim": 16, "num_heads": 2, "mlp_dim": 24}
@@ -152,7 +154,7 @@ def test_every_question_leaves_its_folder(monkeypatch, tmp_path):
 
 
 def test_a_wrong_copy_of_the_weights_is_changed_and_gets_no_time(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(vit_benchmark, "in_our_order", lambda name, values: values)
+    monkeypatch.setattr(vit_measure, "in_our_order", lambda name, values: values)
     status, results = run(monkeypatch, tmp_path, "--questions", "peer", "--backends", "eager")
     row = {row["variant"]: row for row in results["peer"]["rows"]}["this lab, eager"]
     assert status == 1 and row["exactness"] == "changed" and row["status"] == "not timed"
