@@ -1,4 +1,4 @@
-"""Attention for short sequences: one program a head, all of its scores at once, nothing kept but q, k and v.
+"""Attention for short sequences: one program a head, the whole sequence in one tile, nothing kept but q, k and v.
 
     python short_attention.py                                  against the other kernels: time, peak, error; from how
                                                                many tokens on they win (an NVIDIA GPU)
@@ -16,7 +16,10 @@ Kept for the backward pass: q, k and v, 6 x heads x head_dim bytes a token in bf
 When it does not help: towards 128 tokens, where the tile no longer fits into registers (more is refused); where the
 projections around it take the time. No window, no dropout.
 
-Method: Dao et al. 2022, FlashAttention, arXiv 2205.14135 (recomputed scores), with one tile, or one and a short tail.
+Tried and dropped: 65 to 80 tokens as a tile of 64 and a tail of 16 rows, 6,400 scores a head instead of 16,384. On an
+H100 that was no faster for heads of 64, as in `vit.py`.
+
+Method: Dao et al. 2022, FlashAttention, arXiv 2205.14135 (recomputed scores), with one tile.
 """
 
 import functools
@@ -34,7 +37,6 @@ from utils import SettingsError, parse_settings, run_script, setting
 MAX_TOKENS, MAX_HEAD_DIM = 128, 128
 HEADS_A_PROGRAM = 1  # of one sequence, one after another
 WARPS = {16: 1, 32: 1, 64: 4, 128: 8}  # by the side of the tile
-TAILS = {128: 16}  # by the side of a tile: rows behind half of it that do instead (tensor cores want 16 at least)
 
 
 def short_attention_refusal(dtype: torch.dtype, tokens: int, head_dim: int) -> str | None:
@@ -58,17 +60,6 @@ def shape_refusal(dtype: torch.dtype, tokens: int, head_dim: int) -> str | None:
     return None
 
 
-def tiles_of(tokens: int, head_dim: int) -> tuple[int, int]:
-    """Tokens of the tile, a power of two, and of the tail behind it, which is 0 where that tile holds all of them.
-
-    A picture of 64 patches with its class token is 64 + 16 rows instead of 128: 6,400 scores a head, not 16,384. Heads
-    wider than 64 have no tail: what both parts keep would not fit into registers.
-    """
-    tile = max(16, 1 << (tokens - 1).bit_length())
-    tail = TAILS.get(tile, 0) if head_dim <= 64 else 0
-    return (tile // 2, tail) if tail and tokens <= tile // 2 + tail else (tile, 0)
-
-
 def interpreted() -> bool:
     """Whether Triton's interpreter runs kernels on the CPU, as the tests do."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -86,64 +77,24 @@ def triton_kernels() -> tuple[Callable, Callable]:
     import triton.language as tl
 
     @triton.jit
-    def scores_of(q, k, rows, columns, tokens, scale, CAUSAL: tl.constexpr, EXACT: tl.constexpr):
-        """Scores of some queries with some keys in fp32; -inf where a query sees no key."""
+    def weights_of(q, k, rows, tokens, scale, T: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr):
+        """Softmax of the scores of a tile in fp32; rows beyond the sequence hold numbers that nobody reads."""
         scores = tl.dot(q, tl.trans(k), input_precision="ieee" if EXACT else "tf32") * scale
+        columns = tl.arange(0, T)
         seen = (columns < tokens)[None, :] & (rows >= 0)[:, None]
         if CAUSAL:
             seen = seen & (rows[:, None] >= columns[None, :])
-        return tl.where(seen, scores, float("-inf"))
-
-    @triton.jit
-    def weights_of(
-        q, k, tail_k, rows, tokens, scale,
-        T: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
-    ):  # fmt: skip
-        """Softmax in fp32 over the keys of the tile and of the tail; without a tail the second part is the first.
-
-        Rows beyond the sequence hold numbers that nobody reads.
-        """
-        scores = scores_of(q, k, rows, tl.arange(0, T), tokens, scale, CAUSAL, EXACT)
-        highest = tl.max(scores, 1)
-        if TAIL:
-            tail = scores_of(q, tail_k, rows, T + tl.arange(0, TAIL), tokens, scale, CAUSAL, EXACT)
-            highest = tl.maximum(highest, tl.max(tail, 1))
-        scores = tl.exp2((scores - highest[:, None]) * 1.4426950408889634)
-        total = tl.sum(scores, 1)
-        if TAIL:
-            tail = tl.exp2((tail - highest[:, None]) * 1.4426950408889634)
-            total += tl.sum(tail, 1)
-        else:
-            tail = scores
-        return scores / total[:, None], tail / total[:, None]
-
-    @triton.jit
-    def load(q_pointer, k_pointer, v_pointer, places, inside):
-        """q, k and v of some tokens; 0 beyond the sequence and the head."""
-        q = tl.load(q_pointer + places, mask=inside, other=0.0)
-        k = tl.load(k_pointer + places, mask=inside, other=0.0)
-        return q, k, tl.load(v_pointer + places, mask=inside, other=0.0)
-
-    @triton.jit
-    def output_of(
-        q, k, v, tail_k, tail_v, rows, tokens, scale,
-        T: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
-    ):  # fmt: skip
-        """What some queries see."""
-        weights, tail = weights_of(q, k, tail_k, rows, tokens, scale, T, TAIL, CAUSAL, EXACT)
-        output = tl.dot(weights.to(v.dtype), v, input_precision="ieee" if EXACT else "tf32")
-        if TAIL:
-            output += tl.dot(tail.to(v.dtype), tail_v, input_precision="ieee" if EXACT else "tf32")
-        return output.to(v.dtype)
+        scores = tl.where(seen, scores, float("-inf"))
+        scores = tl.exp2((scores - tl.max(scores, 1)[:, None]) * 1.4426950408889634)
+        return scores / tl.sum(scores, 1)[:, None]
 
     @triton.jit
     def forward_kernel(
         q_pointer, k_pointer, v_pointer, output_pointer, tokens, heads, scale,
         sequence_stride, token_stride, head_stride, output_sequence, output_token, output_head,
-        T: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
+        T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
         CAUSAL: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
-        SEEN: tl.constexpr = 0 if CAUSAL else TAIL  # of the tail by queries of the tile
         groups = tl.cdiv(heads, HEADS)
         sequence = (tl.program_id(0) // groups).to(tl.int64)
         rows, dims = tl.arange(0, T), tl.arange(0, D)
@@ -151,54 +102,22 @@ def triton_kernels() -> tuple[Callable, Callable]:
             head = tl.program_id(0) % groups * HEADS + number
             mine = (dims < HEAD_DIM) & (head + dims // HEAD_DIM < heads)  # the last program may have fewer heads
             inside = (rows < tokens)[:, None] & mine[None, :]
-            start = sequence * sequence_stride + head * head_stride + dims[None, :]
-            output_start = output_pointer + sequence * output_sequence + head * output_head + dims[None, :]
-            q, k, v = load(q_pointer, k_pointer, v_pointer, start + rows[:, None] * token_stride, inside)
-            tail_k, tail_v = k, v
-            if TAIL:
-                tail_rows = T + tl.arange(0, TAIL)
-                tail_inside = (tail_rows < tokens)[:, None] & mine[None, :]
-                tail_places = start + tail_rows[:, None] * token_stride
-                tail_q, tail_k, tail_v = load(q_pointer, k_pointer, v_pointer, tail_places, tail_inside)
-            output = output_of(q, k, v, tail_k, tail_v, rows, tokens, scale, T, SEEN, CAUSAL, EXACT)
-            tl.store(output_start + rows[:, None] * output_token, output, mask=inside)
-            if TAIL:
-                output = output_of(tail_q, k, v, tail_k, tail_v, tail_rows, tokens, scale, T, TAIL, CAUSAL, EXACT)
-                tl.store(output_start + tail_rows[:, None] * output_token, output, mask=tail_inside)
-
-    @triton.jit
-    def gradients_of(
-        gradient, q, k, v, tail_k, tail_v, rows, tokens, scale,
-        T: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
-    ):  # fmt: skip
-        """What some queries add: dq, dk, dv, and dk, dv of the tail; without a tail those of the tile again."""
-        precision: tl.constexpr = "ieee" if EXACT else "tf32"
-        weights, tail = weights_of(q, k, tail_k, rows, tokens, scale, T, TAIL, CAUSAL, EXACT)
-        dweights = tl.dot(gradient, tl.trans(v), input_precision=precision)
-        total = tl.sum(weights * dweights, 1)
-        if TAIL:
-            dtail = tl.dot(gradient, tl.trans(tail_v), input_precision=precision)
-            total += tl.sum(tail * dtail, 1)
-        dscores = (weights * (dweights - total[:, None]) * scale).to(v.dtype)
-        dq = tl.dot(dscores, k, input_precision=precision)
-        dk = tl.dot(tl.trans(dscores), q, input_precision=precision)
-        dv = tl.dot(tl.trans(weights).to(v.dtype), gradient, input_precision=precision)
-        tail_dk, tail_dv = dk, dv
-        if TAIL:
-            dscores = (tail * (dtail - total[:, None]) * scale).to(v.dtype)
-            dq += tl.dot(dscores, tail_k, input_precision=precision)
-            tail_dk = tl.dot(tl.trans(dscores), q, input_precision=precision)
-            tail_dv = tl.dot(tl.trans(tail).to(v.dtype), gradient, input_precision=precision)
-        return dq, dk, dv, tail_dk, tail_dv
+            places = sequence * sequence_stride + rows[:, None] * token_stride + head * head_stride + dims[None, :]
+            q = tl.load(q_pointer + places, mask=inside, other=0.0)
+            k = tl.load(k_pointer + places, mask=inside, other=0.0)
+            v = tl.load(v_pointer + places, mask=inside, other=0.0)
+            weights = weights_of(q, k, rows, tokens, scale, T, CAUSAL, EXACT)
+            output = tl.dot(weights.to(v.dtype), v, input_precision="ieee" if EXACT else "tf32")
+            places = sequence * output_sequence + rows[:, None] * output_token + head * output_head + dims[None, :]
+            tl.store(output_pointer + places, output.to(v.dtype), mask=inside)
 
     @triton.jit
     def backward_kernel(
         gradient_pointer, q_pointer, k_pointer, v_pointer, dq_pointer, dk_pointer, dv_pointer, tokens, heads, scale,
         sequence_stride, token_stride, head_stride, gradient_sequence, gradient_token, gradient_head,
-        T: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
+        T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
         CAUSAL: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
-        SEEN: tl.constexpr = 0 if CAUSAL else TAIL  # of the tail by queries of the tile
         groups = tl.cdiv(heads, HEADS)
         sequence = (tl.program_id(0) // groups).to(tl.int64)
         rows, dims = tl.arange(0, T), tl.arange(0, D)
@@ -206,46 +125,30 @@ def triton_kernels() -> tuple[Callable, Callable]:
             head = tl.program_id(0) % groups * HEADS + number
             mine = (dims < HEAD_DIM) & (head + dims // HEAD_DIM < heads)  # the last program may have fewer heads
             inside = (rows < tokens)[:, None] & mine[None, :]
-            start = sequence * sequence_stride + head * head_stride + dims[None, :]
-            gradient_start = sequence * gradient_sequence + head * gradient_head + dims[None, :]
-            places = start + rows[:, None] * token_stride
-            q, k, v = load(q_pointer, k_pointer, v_pointer, places, inside)
-            gradient = tl.load(
-                gradient_pointer + gradient_start + rows[:, None] * gradient_token, mask=inside, other=0.0
+            places = sequence * sequence_stride + rows[:, None] * token_stride + head * head_stride + dims[None, :]
+            q = tl.load(q_pointer + places, mask=inside, other=0.0)
+            k = tl.load(k_pointer + places, mask=inside, other=0.0)
+            v = tl.load(v_pointer + places, mask=inside, other=0.0)
+            theirs = (
+                sequence * gradient_sequence + rows[:, None] * gradient_token + head * gradient_head + dims[None, :]
             )
-            tail_k, tail_v = k, v
-            if TAIL:
-                tail_rows = T + tl.arange(0, TAIL)
-                tail_inside = (tail_rows < tokens)[:, None] & mine[None, :]
-                tail_places = start + tail_rows[:, None] * token_stride
-                tail_q, tail_k, tail_v = load(q_pointer, k_pointer, v_pointer, tail_places, tail_inside)
-                theirs = gradient_start + tail_rows[:, None] * gradient_token
-                tail_gradient = tl.load(gradient_pointer + theirs, mask=tail_inside, other=0.0)
-            dq, dk, dv, tail_dk, tail_dv = gradients_of(
-                gradient, q, k, v, tail_k, tail_v, rows, tokens, scale, T, SEEN, CAUSAL, EXACT
-            )
+            gradient = tl.load(gradient_pointer + theirs, mask=inside, other=0.0)
+            weights = weights_of(q, k, rows, tokens, scale, T, CAUSAL, EXACT)
+            dv = tl.dot(tl.trans(weights).to(v.dtype), gradient, input_precision="ieee" if EXACT else "tf32")
+            dweights = tl.dot(gradient, tl.trans(v), input_precision="ieee" if EXACT else "tf32")
+            dscores = weights * (dweights - tl.sum(weights * dweights, 1)[:, None]) * scale
+            dscores = dscores.to(v.dtype)
+            dq = tl.dot(dscores, k, input_precision="ieee" if EXACT else "tf32")
+            dk = tl.dot(tl.trans(dscores), q, input_precision="ieee" if EXACT else "tf32")
             tl.store(dq_pointer + places, dq.to(v.dtype), mask=inside)
-            if TAIL:
-                dq, more_dk, more_dv, more_tail_dk, more_tail_dv = gradients_of(
-                    tail_gradient, tail_q, k, v, tail_k, tail_v, tail_rows, tokens, scale, T, TAIL, CAUSAL, EXACT
-                )
-                if SEEN:
-                    more_tail_dk += tail_dk
-                    more_tail_dv += tail_dv
-                tl.store(dq_pointer + tail_places, dq.to(v.dtype), mask=tail_inside)
-                tl.store(dk_pointer + tail_places, more_tail_dk.to(v.dtype), mask=tail_inside)
-                tl.store(dv_pointer + tail_places, more_tail_dv.to(v.dtype), mask=tail_inside)
-                dk += more_dk
-                dv += more_dv
             tl.store(dk_pointer + places, dk.to(v.dtype), mask=inside)
             tl.store(dv_pointer + places, dv.to(v.dtype), mask=inside)
 
     def constants(qkv: torch.Tensor, causal: bool) -> dict[str, Any]:
         tokens, head_dim = qkv.shape[1], qkv.shape[-1]
-        tile, tail = tiles_of(tokens, head_dim)
+        tile = max(16, triton.next_power_of_2(tokens))
         return {
             "T": tile,
-            "TAIL": tail,
             "D": max(16, triton.next_power_of_2(head_dim)),
             "HEAD_DIM": head_dim,
             "HEADS": HEADS_A_PROGRAM,
