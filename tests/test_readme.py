@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -229,6 +230,15 @@ def test_what_the_readme_says_about_fewer_tokens_and_long_runs():
     assert below[0] < chance < min(below[1:]) and all(own["seed_count"] == 3 for own in found.values())
     words = "lose far more, {:.2f} points (random) and {:.2f} (a trained network) at 49 tokens"
     assert words.format(*below[3:]) in README
+    smallest = []
+    for name in ("mixed-49-random", "mixed-49-trained", "mixed-49"):
+        with np.load(ROOT / "outputs" / "vit" / "tokens-cifar10" / name / "mosaics.npz") as arrays:
+            smallest.append(100 * (arrays["sizes"] == 4).mean())
+            assert arrays["images"].shape == (8, 3, 64, 64) and arrays["sizes"].shape == (8, 49)
+    words = (
+        "over eight test images {:.0f} and {:.0f} % of their tokens are patches of 4 of 64 pixels, {:.0f} % of pixel"
+    )
+    assert words.format(*smallest) in README
     parts = []
     for own in (trained, mixed, fewest, more, drawn):
         times = [own[f"{part}_ms_median"] for part in ("tokenise", "step", "augment")]
