@@ -8,6 +8,7 @@ plot_vit_studies.py holds the figures of studies. Prints the paths it wrote.
 
 import math
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from utils import SettingsError, run_script
 from vit_results import random_heads, read_study, seeds_of, sibling_control
 
 LAYERS_A_ROW = 12  # of heat maps
+MOSAIC_ARRAYS = ("images", "mosaics", "sizes", "centres", "classes", "min_patch")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -61,6 +63,7 @@ def accuracy_figure(folder: Path) -> Figure:
     validated = {row["epoch"] for row in epochs if row.get("validation_accuracy") is not None}
     once = bool(best) and len(validated) == 1  # a point, no line; and nothing to choose a best epoch from
     weights = "last weights" if once else "best weights"
+    images = ((run.info.get("dataset") or {}).get("splits") or {}).get("validation")
     if run.info.get("status") == "ok" and len(epochs) != sum(row["epochs"] for row in results.get("seeds") or []):
         raise SettingsError(f"{folder / 'epochs.jsonl'} is damaged: it has {len(epochs)} lines, not one for each epoch")
     words = {
@@ -88,7 +91,8 @@ def accuracy_figure(folder: Path) -> Figure:
             chosen = [row for row in own if row["epoch"] == best.get(seed)]
             if chosen and chosen[0].get(f"validation_{key}") is not None:
                 label = "best epoch: " + ", ".join(map(str, best.values()))
-                label = f"validation, epoch {min(validated)}" if once else label
+                if once:
+                    label = f"validation{f' ({images:,} images)' if images else ''}, epoch {min(validated)}"
                 ax.plot(chosen[0]["epoch"], scale * chosen[0][f"validation_{key}"], "v", color=GREEN, markersize=8,
                         zorder=4, label=label if first else None)  # fmt: skip
         values = seeds_of(results, f"test_{key}")
@@ -126,7 +130,8 @@ def correlation_figure(run: Run) -> Figure | None:
     highest = max(0.05, math.ceil(20 * max(np.nanmax(matrix) for matrix in matrices.values())) / 20)
     seeds = len(results["seeds"])
     weight = run.info.get("decatt_weight") or 0
-    title = f"Correlation |C| of heads' outputs ({f'DeCAtt, weight {weight:g}' if weight else 'without DeCAtt'})"
+    title = f"Correlation |C| of heads' outputs ({f'DeCAtt, weight {weight:g}' if weight else 'without DeCAtt'}, "
+    title += "white: a head with itself)"
     maps_height = 2 * lines * (min(1.3, 9 / columns) + 0.35)
     figure = blank_figure(
         f"{title}: {run.name}", caption([run], [seeds], "seeds (mean)" if seeds > 1 else "seed"), maps_height + 4.2
@@ -170,9 +175,11 @@ def mosaic_figure(folder: Path) -> Figure:
     run = read_run(folder)
     try:
         with np.load(folder / "mosaics.npz") as file:
-            found = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{folder / 'mosaics.npz'} is damaged: {error}") from None
+            found = {name: file[name] for name in MOSAIC_ARRAYS}
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
+        raise SettingsError(
+            f"{folder / 'mosaics.npz'} is damaged: it does not hold {', '.join(MOSAIC_ARRAYS)}"
+        ) from None
     count, tokens = found["sizes"].shape
     kind = run.info.get("tokens") or {}
     unit = int(found["min_patch"])

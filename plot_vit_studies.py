@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 import plot
@@ -165,7 +167,7 @@ def curves_figure(cases: Sequence[Case]) -> Figure:
     first = LATE * last if last >= 20 else 0
     words = f" from epoch {first:.0f} on" if first else ""
     figure = blank_figure(
-        f"Validation accuracy and training loss{words}, means of the seeds (dashed: mixed tokens)",
+        f"Validation accuracy and training loss{words}, means of seeds (dashed: mixed tokens, dotted: their control)",
         study_caption(cases),
         6.0,
     )
@@ -178,7 +180,8 @@ def curves_figure(cases: Sequence[Case]) -> Figure:
                 continue
             x, y = mean_curve([row for row in case.epochs if row["epoch"] >= first], key)
             style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.4}
-            style |= {"linestyle": "--" if "mixed" in case.name else "-", "marker": "." if len(x) <= 10 else None}
+            dashes = ":" if case.name == "centres" else "--" if "mixed" in case.name else "-"
+            style |= {"linestyle": dashes, "marker": "." if len(x) <= 10 else None}
             ax.plot(x, [scale * value for value in y], label=case.name, **style)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -316,7 +319,8 @@ def seed_points(ax: Axes, cases: Sequence[Case], where: Callable[[Case], float],
     done = [case for case in cases if case.ok]
     points = [(where(case), 100 * case.results["test_accuracy"]) for case in done]
     if points:
-        ax.plot(*zip(*points, strict=True), linewidth=1.4, markersize=7, label=label, **style)
+        line = "-" if len(points) > 1 else "none"
+        ax.plot(*zip(*points, strict=True), linestyle=line, linewidth=1.4, markersize=7, label=label, **style)
     for case in done:
         values = [100 * value for value in seeds_of(case.results, "test_accuracy")]
         ax.plot([where(case)] * len(values), values, style["marker"], color=style["color"], markersize=4, alpha=0.45)
@@ -330,13 +334,17 @@ def tokens_accuracy(cases: Sequence[Case]) -> Figure:
     """Test accuracy against the number of tokens, regular grids and mixed tokens by scorer."""
     title = f"Test accuracy against the number of tokens: {data_of(cases)} (the axis does not begin at 0)"
     figure, (ax,) = new_figure(title, study_caption(cases))
-    shift = {
-        "regular grid": 0,
-        **{words: 0.35 * (place + 1) for place, (words, *_) in enumerate(SCORER_STYLES.values())},
-    }
-    for (words, colour, marker), own in by_kind(cases, token_kind).items():
-        own = sorted(own, key=token_count)
-        seed_points(ax, own, lambda case, by=shift[words]: token_count(case) + by, words, color=colour, marker=marker)
+    kinds = by_kind(cases, token_kind)
+    order = ["regular grid", *(words for words, *_ in SCORER_STYLES.values())]
+
+    def place(case: Case) -> float:
+        """Its number, shifted by its rank among the kinds that have this number."""
+        there = {token_kind(other)[0] for other in cases if token_count(other) == token_count(case)}
+        return token_count(case) + 0.35 * sorted(there, key=order.index).index(token_kind(case)[0])
+
+    for words, colour, marker in sorted(kinds, key=lambda kind: order.index(kind[0])):
+        own = sorted(kinds[words, colour, marker], key=token_count)
+        seed_points(ax, own, place, words, color=colour, marker=marker)
     ax.set_xticks(sorted({token_count(case) for case in cases}))
     ax.set(xlabel="tokens of an image (points of one number stand side by side); pale: each seed")
     ax.set_ylabel("test accuracy (%)")
@@ -368,8 +376,14 @@ def tokens_time(cases: Sequence[Case]) -> Figure:
         ax.annotate(text, at, (0, 3), textcoords="offset points", fontsize=8.5, ha="center")
     names = [f"{token_count(case)} tokens\n{case.name}" for case in ordered]
     ax.set_xticks(range(len(ordered)), names, fontsize=8)
-    ax.set_ylabel("ms, median: training step (black: range of seeds),\non top (hatched) cutting the tokens")
+    ax.set_ylabel("median time (ms)")
     ax.set_ylim(0, 1.2 * top)
+    handles = [
+        Patch(color=GREY, label="training step"),
+        Line2D([], [], color="black", linewidth=1.2, label="its range over the seeds"),
+        Patch(facecolor="white", edgecolor=GREY, hatch="////", label="cutting the tokens"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=3, fontsize=9)
     ax.grid(visible=False, axis="x")
     return figure
 

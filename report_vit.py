@@ -229,13 +229,14 @@ def tokens_table(outputs: Path, data: str = "cifar10") -> str:
     folder = outputs / "vit" / f"tokens-{data}"
     if not (folder / "experiment.json").is_file():
         return not_run("the study of tokens", study_command("tokens", data))
-    header = ["case", "kind", "tokens", "test accuracy (seeds)", "step, ms (seeds)", "cutting tokens, ms"]
+    header = ["case", "kind", "tokens", "best validation accuracy", "test accuracy (seeds)", "step, ms (seeds)"]
+    header += ["cutting tokens, ms"]
     header += ["share of augmenting, cutting and step"]
     header += ["images/s of a step / with augmenting and tokens", "GFLOP an image"]
     lines = []
     for case in read_study(folder)[1]:
         if not case.ok:
-            lines.append([plain(case.name), case.words, "-", case.status, *["-"] * 5])
+            lines.append([plain(case.name), case.words, "-", case.status, *["-"] * 6])
             continue
         results = case.results
         cut, everything = results.get("tokenise_ms_median"), with_everything(case)
@@ -246,6 +247,7 @@ def tokens_table(outputs: Path, data: str = "cifar10") -> str:
                 plain(case.name),
                 case.words,
                 str(case.info["model"]["num_tokens"]),
+                percent(results["validation_accuracy"]),
                 spread(results),
                 times_of_seeds(results, "step_ms_median"),
                 shown(cut),

@@ -195,7 +195,11 @@ def test_mosaics_have_the_borders_of_all_tokens(tmp_path):
     assert figure.axes[1].get_title() == "dog"
     assert "7 tokens of 4, 8 pixels in images of 16 x 16, scorer pixel_blur" in texts(figure)
     (tmp_path / "run" / "mosaics.npz").write_bytes(b"no archive")
-    with pytest.raises(SettingsError, match="damaged"):
+    with pytest.raises(SettingsError, match="damaged: it does not hold images, mosaics, sizes") as caught:
+        plot_vit.mosaic_figure(tmp_path / "run")
+    assert "pickle" not in str(caught.value)
+    np.savez(tmp_path / "run" / "mosaics.npz", images=np.zeros(3))
+    with pytest.raises(SettingsError, match="damaged: it does not hold"):
         plot_vit.mosaic_figure(tmp_path / "run")
 
 
@@ -280,6 +284,8 @@ def test_tokens_stand_by_number_and_scorer(tmp_path):
     (ax,) = plot_vit_studies.tokens_accuracy(cases).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["regular grid"] == [[36, pytest.approx(37)], [49, pytest.approx(50)]]
+    assert [x for x, _ in lines["mixed, split by pixel blur"]] == [34]  # beside others only where there are others
+    assert [x for x, _ in lines["mixed, split by a trained network"]] == [49 + 2 * 0.35]
     assert len(crosses(ax)) == 1 and "mixed-49-random: oom" in texts(ax.figure)
     (ax,) = plot_vit_studies.tokens_time(cases).axes
     bars = [(bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in ax.patches]

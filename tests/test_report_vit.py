@@ -142,8 +142,8 @@ def test_tokens(tmp_path):
     cases = {"grid-36": {"tokens": 36}, "mixed-49-random": {"status": "error"}}
     write_study(tmp_path / "vit" / "tokens-cifar10", "tokens", cases)
     table = tokens_table(tmp_path)
-    expected = ["grid-36", "words of grid-36", "36", "79.00 % (78.00-80.00)", "8.00 (7.50-8.50)", "1.00", "10.0 %"]
-    assert cells(table, "grid-36") == [*expected, "50,000 / 50,000", "1.500"]
+    expected = ["grid-36", "words of grid-36", "36", "79.00 %", "79.00 % (78.00-80.00)", "8.00 (7.50-8.50)", "1.00"]
+    assert cells(table, "grid-36") == [*expected, "10.0 %", "50,000 / 50,000", "1.500"]
     assert cells(table, "mixed-49-random")[3] == "error"
 
 
