@@ -21,22 +21,18 @@ from tqdm import tqdm
 import utils
 from attention import prepare_for_compile
 from cuda_graphs import RecordedStep, make_recordable
-from decatt import head_correlation
-from head_pruning import attention_layers, remove_heads
 from image_augmentation import augment, draw_mixing, draw_numbers, normalise
 from image_dataset import ImageData
 from memory_tracker import MemoryTracker
-from mixed_resolution import Tokens, mosaic, resize, scores, tokenize, train_scorer, uniform_tokens
+from mixed_resolution import Tokens, resize, scores, tokenize, train_scorer, uniform_tokens
 from muon import Muon
 from optimizers import make_optimizer
 from precision import autocast, make_scaler
 from run_folder import LapClock, RunFolder, StopRequest, step_times
 from utils import count_parameters
-from vit import ViT, compiled_by_parts, flops_per_image, head_outputs
+from vit import ViT, compiled_by_parts, flops_per_image
+from vit_evaluation import accuracy_of, correlation_of, mosaics_of, without_heads
 from vit_plan import Plan
-
-CORRELATED_IMAGES = 1000  # of validation, on which the correlation of heads is measured
-SHOWN_IMAGES = 8  # in mosaics.npz
 
 
 @dataclass
@@ -68,11 +64,6 @@ def rate_at(step: int, *, warm_up_steps: float, all_steps: int, cosine: bool) ->
     if not cosine:
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up_steps) / max(1.0, all_steps - warm_up_steps)))
-
-
-def spread(count: int, wanted: int) -> torch.Tensor:
-    """Places of `wanted` of `count` images (all, if they are fewer), far apart, as a folder lies class by class."""
-    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
 
 
 class Training:
@@ -365,69 +356,27 @@ class Training:
         """The model whose accuracy counts: the averaged one if there is one."""
         return self.average or self.model
 
-    @torch.no_grad()
     def evaluate(self, name: str, model: ViT | None = None) -> dict[str, float]:
-        """Accuracy and cross-entropy over every image of a split, in evaluation mode and never compiled."""
+        """`accuracy_of` every image of a split, of the model whose accuracy counts or of another one."""
         model = self.evaluated if model is None else model
-        split, was_training = self.data.splits[name], model.training
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        model.eval()
-        for place in range(0, len(split), 2 * self.plan.batch_size):
-            part = slice(place, place + 2 * self.plan.batch_size)
-            tokens = self.tokens_of(split.images[part], place)
-            with autocast(self.plan.precision, self.device):
-                logits = model(tokens.patches, tokens.centres)
-            labels = split.labels[part]
-            right += (logits.argmax(1) == labels).sum()
-            loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        model.train(was_training)
+        plan = self.plan
+        found = accuracy_of(model, self.data.splits[name], self.tokens_of, 2 * plan.batch_size, plan.precision)
         self.stop.check()
-        return {"accuracy": right.item() / len(split), "loss": loss.item() / len(split)}
-
-    @torch.no_grad()
-    def correlation(self, model: ViT) -> dict[str, Any] | None:
-        """Correlation of the heads of each layer over images of validation; None for one head.
-
-        Returns:
-            `squares`: DeCAtt's term of each layer. `magnitudes`: the mean |C| over pairs of each layer. `matrices`: the
-            mean |C| of each pair, (layers, heads, heads).
-        """
-        heads = self.plan.model.num_heads
-        if heads < 2:
-            return None
-        model.eval()
-        split = self.data.splits["validation"]
-        tokens = self.tokens_of(split.images[spread(len(split), CORRELATED_IMAGES)])
-        with autocast(self.plan.precision, self.device):
-            outputs = head_outputs(model, tokens.patches, tokens.centres)
-        pairs = ~torch.eye(heads, dtype=torch.bool, device=self.device)
-        found = [head_correlation(output) for output in outputs]  # each (images, heads, heads)
-        model.train()
-        return {
-            "images": len(tokens.patches),
-            "squares": [round(c.square()[:, pairs].mean().item(), 6) for c in found],
-            "magnitudes": [round(c.abs()[:, pairs].mean().item(), 6) for c in found],
-            "matrices": [c.abs().mean(0).cpu().numpy().round(4).tolist() for c in found],
-        }
-
-    def without_heads(self, correlation: dict[str, Any]) -> dict[str, float]:
-        """Test accuracy after one head of every layer is cut out: the most correlated one, and one drawn by seed."""
-        draw, found = np.random.default_rng(self.seed), {}
-        for name in ("redundant", "random"):
-            model = copy.deepcopy(self.evaluated)
-            for layer, matrix in zip(attention_layers(model), correlation["matrices"], strict=True):
-                most = int(np.argmax(np.sum(matrix, axis=1)))
-                remove_heads(layer, [most if name == "redundant" else int(draw.integers(len(matrix)))])
-            found[f"test_accuracy_without_a_{name}_head"] = self.evaluate("test", model)["accuracy"]
         return found
+
+    def correlation(self, model: ViT) -> dict[str, Any] | None:
+        """`correlation_of` the heads over images of validation."""
+        return correlation_of(model, self.data.splits["validation"], self.tokens_of, self.plan.precision)
 
     def results(self) -> dict[str, Any]:
         """Everything that this seed is to be judged by; test is evaluated here, with the best weights and no others."""
         self.evaluated.load_state_dict(self.best.weights)
         test = self.evaluate("test")
         correlation = self.correlation(self.evaluated)
-        more = {} if correlation is None else self.without_heads(correlation)
+        more = {}
+        if correlation is not None:
+            for name, model in without_heads(self.evaluated, correlation["matrices"], self.seed):
+                more[f"test_accuracy_without_a_{name}_head"] = self.evaluate("test", model)["accuracy"]
         return {
             "seed": self.seed,
             "epochs": self.epoch,
@@ -472,56 +421,8 @@ class Training:
             "scorer_training_s": round(self.scorer_s, 3) if self.scorer is not None else None,
         }
 
-    @torch.no_grad()
     def write_mosaics(self) -> None:
-        """mosaics.npz, for mixed tokens: test images, what their tokens show, and the tokens' sizes and centres."""
-        if self.plan.tree is None:
-            return
-        split = self.data.splits["test"]
-        places = spread(len(split), SHOWN_IMAGES)
-        images = split.images[places]
-        plain = resize(images.float() / 255, self.plan.image_size)
-        tokens = self.tokens_of(images)
-        # Cutting and shrinking are linear, so what a token shows is what it holds without the normalisation.
-        pixels = tokens.patches.unflatten(2, (3, -1)) * self.data.deviation[:, None] + self.data.mean[:, None]
-        shown = tokens._replace(patches=pixels.flatten(2))
-        painted = torch.stack([mosaic(image, shown.of_image(place)) for place, image in enumerate(plain)])
-
-        def as_bytes(values: torch.Tensor) -> np.ndarray:
-            return (255 * values).round().clamp(0, 255).byte().cpu().numpy()
-
-        names = self.data.class_names
-        np.savez_compressed(
-            self.run.path / "mosaics.npz",
-            images=as_bytes(plain),
-            mosaics=as_bytes(painted),
-            sizes=tokens.sizes.cpu().numpy(),
-            centres=tokens.centres.cpu().numpy(),
-            classes=np.array([names[label] for label in split.labels[places].tolist()]),
-            min_patch=self.plan.tree.min_patch,
-        )
-
-
-def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds, the spread (largest - smallest) of the accuracies, and `seeds` with each by itself."""
-
-    def values(name: str) -> list[float]:
-        return [result[name] for result in found if result.get(name) is not None]
-
-    def mean(name: str) -> float | None:
-        return float(np.mean(values(name))) if values(name) else None
-
-    accuracies = ("validation_accuracy", "test_accuracy")
-    more = ("test_accuracy_without_a_redundant_head", "test_accuracy_without_a_random_head")
-    means = ("training_minutes", "evaluation_minutes", "total_minutes", "step_ms_median", "images_per_s")
-    means += ("augment_ms_median", "tokenise_ms_median", "mfu")
-    results = {"seed_count": len(found), "parameters": found[0]["parameters"]}
-    results |= {name: mean(name) for name in (*accuracies, *more, *means)}
-    results |= {f"{name}_spread": max(values(name)) - min(values(name)) for name in accuracies}
-    memory = ("tracked_steps", "peak_allocated_gib", "peak_reserved_gib", "peak_phase")
-    results |= {name: found[0][name] for name in memory}
-    for name in ("head_correlation_at_start", "head_correlation"):
-        rows = [result[name] for result in found if result[name] is not None]
-        for key in ("squares", "magnitudes"):
-            results[f"{name}_{key}"] = float(np.mean([row[key] for row in rows])) if rows else None
-    return results | {"seeds": found}
+        """mosaics.npz, for mixed tokens: what `mosaics_of` some test images holds."""
+        if self.plan.tree is not None:
+            arrays = mosaics_of(self.data, self.tokens_of, self.plan.tree)
+            np.savez_compressed(self.run.path / "mosaics.npz", **arrays)

@@ -33,7 +33,8 @@ from precision import PRECISIONS, autocast
 from run_folder import RunFolder, StopRequest, check_writable, describe_environment, end_badly, now
 from utils import SettingsError, count_parameters, parse_settings, run_script, setting
 from vit import HEADS, INITIALISATIONS, MODEL_SIZES, POOLS, POSITIONS
-from vit_fit import Training, summarise
+from vit_evaluation import summarise
+from vit_fit import Training
 from vit_plan import COMPILE_SCOPES, OPTIMIZERS, SCHEDULES, TOKENS, Plan, default_run_name, make_plan
 
 STUDIES = ("ablation", "tokens", "decatt")

@@ -27,7 +27,8 @@ from run_folder import RunFolder, StopRequest
 from sample_images import sample_images
 from utils import parse_settings, run_script
 from vit import ViT, ViTConfig
-from vit_fit import Training, parameter_groups, rate_at, spread
+from vit_evaluation import spread
+from vit_fit import Training, parameter_groups, rate_at
 from vit_plan import make_plan
 from vit_train import SECTIONS, Settings
 
