@@ -11,13 +11,10 @@ Prints the paths it wrote; a missing or broken run folder is one sentence on sta
 """
 
 import argparse
-import csv
-import json
 import math
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +23,11 @@ from matplotlib.figure import Figure  # not pyplot: a bare Figure saves PNG file
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
+from run_results import Run, RunFolderError, find_runs, read_run
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers, hatching and labels repeat what they say.
 BLUE, ORANGE, RED, GREEN, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#808080"
+LINE_COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#8C6D1F", GREY, "black")
 WIDTH_INCHES, HEIGHT_INCHES, DPI = 10.7, 5.4, 150  # 1605 x 810 pixels
 SMOOTH_FROM_STEPS = 60  # shorter training runs get no smoothed line
 
@@ -53,85 +53,6 @@ COMPARISONS = {
         [("peak memory (GiB)", ["peak_allocated_gib", "peak_reserved_gib"])],
     ),
 }
-
-
-class RunFolderError(ValueError):
-    """A run folder that cannot be drawn; the message is one sentence that names the file."""
-
-
-@dataclass
-class Run:
-    """One run folder as read from disk; a value that was not measured (null or an empty cell) is None."""
-
-    name: str  # run_name of run.json, or the folder's name
-    folder: Path
-    info: dict  # run.json
-    steps: list[dict]  # steps.jsonl, one dict a training step
-    memory: list[dict]  # memory.csv, one dict a phase and measured step, GiB
-    probes: list[dict]  # batch_size_search.csv, one dict a probe in the order tried, GiB and seconds
-
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-def read_run(folder: Path) -> Run:
-    """Read run.json, steps.jsonl, memory.csv and batch_size_search.csv of one run; only run.json must exist.
-
-    A last line cut off by a kill is ignored. Raises RunFolderError: folder or run.json missing, or a file invalid.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise RunFolderError(f"{folder} is not a folder; give a run folder, outputs/EXPERIMENT/RUN_NAME")
-    path = folder / "run.json"
-    if not path.is_file():
-        raise RunFolderError(f"{folder} has no run.json, so it is not a run folder")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunFolderError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(info, dict):
-        raise RunFolderError(f"{path} must hold a JSON object, not a {type(info).__name__}")
-    tables = [read_csv(folder / "memory.csv"), read_csv(folder / "batch_size_search.csv")]
-    return Run(info.get("run_name") or folder.resolve().name, folder, info, read_steps(folder / "steps.jsonl"), *tables)
-
-
-def read_steps(path: Path) -> list[dict]:
-    """One dict a line, [] without the file; an unparsable last line is ignored, any other raises RunFolderError."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            if number < len(lines):
-                raise RunFolderError(f"{path} line {number} is not a JSON object: {line[:60]!r}") from error
-    return rows
-
-
-def read_csv(path: Path) -> list[dict]:
-    """One dict a row, [] without the file: phase and status stay text, all else is a float, an empty cell is None.
-
-    A last row without its line end was cut off by a kill and is ignored: 3.1 could be the beginning of 3.14.
-    """
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
-    try:
-        return [
-            {key: cell if key in ("phase", "status") else float(cell) if cell else None for key, cell in row.items()}
-            for row in rows
-        ]
-    except (ValueError, TypeError) as error:
-        raise RunFolderError(f"{path} holds a cell that is not a number: {error}") from error
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The folder itself if it holds a run.json, otherwise the run folders directly inside it in name order."""
-    if not folder.is_dir() or (folder / "run.json").is_file():
-        return [folder]  # a missing folder gets its error sentence from read_run
-    runs = sorted(path.parent for path in folder.glob("*/run.json"))
-    if not runs:
-        raise RunFolderError(f"{folder} has no run.json and no run folders inside, so there is nothing to draw")
-    return runs
 
 
 # ---------------------------------------------------------------------------------------- values and captions

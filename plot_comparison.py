@@ -28,8 +28,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from matplotlib.transforms import Bbox
 
 import report_comparison as tables
-from plot import BLUE, GREEN, GREY, HEIGHT_INCHES, ORANGE, RED, Run, caption, draw_bars, new_figure, save, short
+from plot import BLUE, GREEN, GREY, HEIGHT_INCHES, ORANGE, RED, caption, draw_bars, new_figure, save, short
 from report_comparison import Case, effects_of, finished, mean, read_json, shown, signed
+from run_results import Run
 from utils import SettingsError
 
 EXPERIMENTS = ("seed", "factorial", "max_batch", "quality")

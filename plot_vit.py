@@ -18,8 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-import plot
-from plot import BLUE, GREEN, GREY, ORANGE, RED, Run, caption, memory_figure, read_run, run_figure, save
+from plot import BLUE, GREEN, GREY, ORANGE, RED, caption, memory_figure, run_figure, save
 from plot_vit_studies import (
     ablation_accuracy,
     blank_figure,
@@ -32,8 +31,9 @@ from plot_vit_studies import (
     tokens_time,
     weights_figure,
 )
+from run_results import Run, read_experiment, read_run, read_steps
 from utils import SettingsError, run_script
-from vit_results import random_heads, read_study, seeds_of, sibling_control
+from vit_results import random_heads, seeds_of, sibling_control
 
 LAYERS_A_ROW = 12  # of heat maps
 MOSAIC_ARRAYS = ("images", "mosaics", "sizes", "centres", "classes", "min_patch")
@@ -46,7 +46,7 @@ MOSAIC_ARRAYS = ("images", "mosaics", "sizes", "centres", "classes", "min_patch"
 
 def accuracy_figure(folder: Path) -> Figure:
     """Training and validation accuracy and loss against epochs, a line a seed; best epochs, and the test results."""
-    run, epochs = read_run(folder), plot.read_steps(folder / "epochs.jsonl")
+    run, epochs = read_run(folder), read_steps(folder / "epochs.jsonl")
     if not epochs:
         return run_figure("Accuracy and loss", run, 0, "epochs")[0]
     seeds = list(dict.fromkeys(row["seed"] for row in epochs))
@@ -211,7 +211,7 @@ def plot_run(folder: Path) -> list[Path]:
     The last two need two heads and mixed tokens.
 
     Raises:
-        plot.RunFolderError: a file is missing or damaged.
+        RunFolderError: a file is missing or damaged.
         SettingsError: the folder of something else, or lines of epochs.jsonl are missing.
     """
     folder = Path(folder)
@@ -238,7 +238,7 @@ def plot_study(folder: Path) -> list[Path]:
         SettingsError: no study, or a damaged one.
     """
     folder = Path(folder)
-    name, cases = read_study(folder)
+    name, cases = read_experiment(folder)
     if name == "ablation":
         figures = {"accuracy.png": ablation_accuracy(cases), "curves.png": curves_figure(cases)}
         figures |= {"time.png": cost_figure(cases), "head_correlation.png": study_correlation(cases)}
@@ -259,10 +259,7 @@ def main() -> int:
         print(__doc__)
         return 0 if {"-h", "--help"} & set(words) else 2
     for folder in map(Path, words):
-        try:
-            paths = plot_study(folder) if (folder / "experiment.json").is_file() else plot_run(folder)
-        except plot.RunFolderError as error:
-            raise SettingsError(str(error)) from None
+        paths = plot_study(folder) if (folder / "experiment.json").is_file() else plot_run(folder)
         print(*paths, sep="\n")
     return 0
 

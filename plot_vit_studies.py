@@ -19,8 +19,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 import plot
-from plot import BLUE, GREEN, GREY, ORANGE, RED, Run, caption, new_figure, short
-from plot_patchtst import LINE_COLOURS, Case
+from plot import BLUE, GREEN, GREY, LINE_COLOURS, ORANGE, RED, caption, new_figure, short
+from run_results import Case, Run
 from vit_results import CONTROL, COURSE, random_heads, seed_noise, seeds_of, seen_by_chance, steady_minutes
 
 COLOURS = (*LINE_COLOURS, "#A0522D")  # as many as the ablation has cases

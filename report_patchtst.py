@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plot_patchtst import Case, by_prefix, read_experiment, time_saved
 from report_techniques import break_even_words
 from report_text import ROOT, markdown, place, plain, read_json, shown
+from run_results import Case, by_prefix, read_experiment, time_saved
 from technique_bench import Cost, time_difference
 from utils import SettingsError, parse_settings, run_script, setting
 

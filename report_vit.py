@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plot_patchtst import Case
 from report_text import ROOT, markdown, place, plain, read_json, shown
+from run_results import Case, read_experiment
 from utils import SettingsError, parse_settings, run_script, setting
 from vit_results import (
     CONTROL,
     COURSE,
-    read_study,
     seed_noise,
     seeds_of,
     seen_by_chance,
@@ -134,7 +133,7 @@ def ablation_table(outputs: Path, data: str) -> str:
     there = (folder / "experiment.json").is_file()
     if not there and data != "cifar100":
         return not_run("the ablation", study_command("ablation", data))
-    cases = {case.name: case for case in read_study(folder)[1]} if there else {}
+    cases = {case.name: case for case in read_experiment(folder)[1]} if there else {}
     control = cases[CONTROL].results if CONTROL in cases and cases[CONTROL].ok else None
     noise = seed_noise([case.results for case in cases.values() if case.ok])
     course = COURSE[data]
@@ -206,7 +205,7 @@ def effect(found: dict[str, dict[str, Any]], technique: str, key: str) -> tuple[
 def effects_table(outputs: Path, data: str) -> str:
     """Each technique over all eight combinations: with it against without it."""
     folder = outputs / "vit" / f"ablation-{data}"
-    cases = read_study(folder)[1] if (folder / "experiment.json").is_file() else []
+    cases = read_experiment(folder)[1] if (folder / "experiment.json").is_file() else []
     names = {name for pair in pairs_of("flash") for name in pair}
     found = {case.name: case.results for case in cases if case.ok and case.name in names}
     if len(found) < len(names) or any(len(seeds_of(results, "test_accuracy")) < 2 for results in found.values()):
@@ -234,7 +233,7 @@ def tokens_table(outputs: Path, data: str = "cifar10") -> str:
     header += ["share of augmenting, cutting and step"]
     header += ["images/s of a step / with augmenting and tokens", "GFLOP an image"]
     lines = []
-    for case in read_study(folder)[1]:
+    for case in read_experiment(folder)[1]:
         if not case.ok:
             lines.append([plain(case.name), case.words, "-", case.status, *["-"] * 6])
             continue
@@ -265,7 +264,7 @@ def decatt_table(outputs: Path, data: str = "cifar10") -> str:
     if not (folder / "experiment.json").is_file():
         return not_run("the weights of DeCAtt", study_command("decatt", data))
     control = sibling_control(folder)
-    cases = ([] if control is None else [control]) + read_study(folder)[1]
+    cases = ([] if control is None else [control]) + read_experiment(folder)[1]
     noise = seed_noise([case.results for case in cases if case.ok])
     header = ["weight", "layers", "test accuracy (seeds)", "against weight 0, points"]
     header += ["mean C^2: start, after training", "mean \\|C\\|: start, after training"]

@@ -1,6 +1,6 @@
-"""What the run folders of vit_train.py's studies say, for figures and tables: cases, seeds, and the noise of seeds.
+"""What vit_train.py's studies say, for figures and tables: seeds, their noise, and what the course project had.
 
-    from vit_results import read_study, seed_noise, seen_by_chance
+    from vit_results import seed_noise, seen_by_chance
 
 A difference of two cases counts only beyond the noise of all cases of a study together (`seen_by_chance`): three seeds
 of one case know their own spread too badly.
@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plot_patchtst import Case, read_experiment
-from utils import SettingsError
+from run_results import Case, read_experiment
 
 CONTROL = "small"  # the case of the ablation with none of the three techniques
 # What the course project measured: accuracy of its best epoch on the test set (%), seconds of an epoch, epochs that
@@ -35,22 +34,6 @@ COURSE: dict[str, dict[str, tuple[float, float, int]]] = {
         "decatt+flash": (49.98, 24.3, 50),
     },
 }
-
-
-def read_study(folder: Path) -> tuple[str, list[Case]]:
-    """The study's name and its cases in order.
-
-    Raises:
-        SettingsError: no experiment.json, or a file that is damaged.
-    """
-    if not (folder / "experiment.json").is_file():
-        raise SettingsError(f"{folder} has no experiment.json, so it is no study of vit_train.py")
-    try:
-        return read_experiment(folder)
-    except SettingsError:
-        raise
-    except ValueError as error:
-        raise SettingsError(f"a file of the study {folder} is damaged: {error}") from None
 
 
 def seeds_of(results: dict[str, Any], key: str) -> list[float]:
@@ -112,6 +95,6 @@ def sibling_control(folder: Path) -> Case | None:
         given = {name: value for name, value in given.items() if not name.startswith("decatt_")}
         return given | ({"data_path": Path(given["data_path"]).name} if "data_path" in given else {})
 
-    wanted = next((flags(case) for case in read_study(folder)[1] if case.ok), None)
-    cases = {case.name: case for case in read_study(path)[1] if case.ok}
+    wanted = next((flags(case) for case in read_experiment(folder)[1] if case.ok), None)
+    cases = {case.name: case for case in read_experiment(path)[1] if case.ok}
     return next((cases[name] for name in ("flash", CONTROL) if name in cases and flags(cases[name]) == wanted), None)

@@ -16,8 +16,10 @@ import patchtst_benchmark
 import patchtst_experiments
 import patchtst_train
 import plot_patchtst
+import plot_patchtst_studies
 from patchtst_experiments import make_cases
 from patchtst_train import EXPERIMENTS, SECTIONS, Settings
+from run_results import Case
 from utils import SettingsError, parse_settings, run_script
 
 CPU = torch.device("cpu")
@@ -201,11 +203,11 @@ def test_figures_of_runs_and_experiments_from_the_command_line(finished, monkeyp
         plot_patchtst.main()
 
 
-def made_up_case(name: str, results: dict, epochs: list[tuple[float, int]]) -> plot_patchtst.Case:
+def made_up_case(name: str, results: dict, epochs: list[tuple[float, int]]) -> Case:
     """A case of an experiment; `epochs` are validation errors and heads."""
     rows = [{"epoch": i, "validation_mse": mse, "heads": [heads]} for i, (mse, heads) in enumerate(epochs, start=1)]
     info = {"dataset": {"name": "ETTh1"}, "model": {"context_length": 336}, "results": results}
-    return plot_patchtst.Case(name, name, "ok", None, info, rows)
+    return Case(name, name, "ok", None, info, rows)
 
 
 @pytest.mark.parametrize("with_whole", [True, False])
@@ -216,7 +218,7 @@ def test_pruning_figure_keeps_first_and_further_training_apart(with_whole):
     results = {"test_mse": 0.41, "pruning": further}
     cases += [made_up_case("dynamic-2-seed-0", results, [*first, (0.41, 3), (0.43, 2)])]
     cases += [made_up_case("static-random-2-seed-0", {"test_mse": 0.43}, [(0.6, 2), (0.5, 2), (0.52, 2)])]
-    left, right, below = plot_patchtst.pruning_figure(cases).axes
+    left, right, below = plot_patchtst_studies.pruning_figure(cases).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
     whole = [[1, 0.5], [2, 0.4], [3, 0.45]]
     assert lines["whole" if with_whole else "dynamic-2"] == whole and len(lines) == 2
@@ -230,7 +232,7 @@ def test_horizon_figure_shows_the_published_windows():
         return {"test_mse": all_windows, "test_in_whole_batches": {"mse": whole}}
 
     cases = [made_up_case(f"horizon-96-seed-{i}", results(0.38 + i / 100, 0.36 + i / 100), []) for i in (0, 1)]
-    (ax,) = plot_patchtst.horizon_figure(cases).axes
+    (ax,) = plot_patchtst_studies.horizon_figure(cases).axes
     diamonds = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "D"]
     assert diamonds == [[[0, pytest.approx(0.365)]]]
     assert ax.get_ylim()[0] < 0.365
@@ -244,7 +246,7 @@ def test_break_even_figure_draws_no_ratio_where_textbook_attention_did_not_fit(t
     settings = {"precision": "bf16", "embedding_dim": 16, "num_heads": 4, "rounds": 2}
     info = {"device_name": "a GPU", "settings": settings, "results": {"times": times}}
     (tmp_path / "run.json").write_text(json.dumps(info))
-    (ax,) = plot_patchtst.break_even_figure(tmp_path).axes
+    (ax,) = plot_patchtst_studies.break_even_figure(tmp_path).axes
     (line,) = [line for line in ax.lines if line.get_label() == "short"]
     assert line.get_xydata().tolist() == [[4, 0.5]]
     assert [text.get_text() for text in ax.texts] == ["textbook: oom\n(short: ok)"]

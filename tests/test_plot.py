@@ -331,7 +331,7 @@ def test_errors_are_one_sentence_and_exit_status_2(run_folder, tmp_path, capsys)
     (other / "memory.csv").unlink()
     assert "steps.jsonl line 1 is not a JSON object" in error_of(other)
     (run_folder / "run.json").write_text('{"status": "ok",')
-    assert "run.json is not valid JSON" in error_of(run_folder)
+    assert "run.json is damaged: it is not valid JSON" in error_of(run_folder)
     (run_folder / "run.json").write_text("[]")
     assert "must hold a JSON object" in error_of(run_folder)
     with pytest.raises(plot.RunFolderError):

@@ -12,8 +12,8 @@ import plot_attention
 from attention_benchmark import COLUMNS, csv_rows, write_csv
 from attention_measure import Case, Measurement, attention_flops
 from attention_support import BACKENDS
-from plot import RunFolderError
 from plot_attention import STYLES, break_even_figure, plot_sweep, read_results, sweep_figures, window_map
+from run_results import RunFolderError
 from utils import GIB
 
 ENVIRONMENT = {

@@ -12,6 +12,7 @@ import plot_vit
 import plot_vit_studies
 import vit_results
 from plot_vit import plot_run, plot_study
+from run_results import read_experiment
 from utils import SettingsError
 
 PNG = b"\x89PNG"
@@ -212,7 +213,7 @@ def test_ablation_shows_seeds_control_course_and_failures(tmp_path):
     names = ["accuracy.png", "curves.png", "time.png", "head_correlation.png"]
     paths = plot_study(folder)
     assert [path.name for path in paths] == names and all(path.read_bytes()[:4] == PNG for path in paths)
-    _, cases = vit_results.read_study(folder)
+    _, cases = read_experiment(folder)
     figure = plot_vit_studies.ablation_accuracy(cases)
     theirs, ax = figure.axes
     assert [tick.get_text().split("\n")[0] for tick in theirs.get_yticklabels()] == list(ABLATION)
@@ -232,7 +233,7 @@ def test_ablation_shows_seeds_control_course_and_failures(tmp_path):
 
 def test_curves_of_a_long_training_begin_late(tmp_path):
     folder = write_study(tmp_path / "ablation-x", "ablation", ablation())
-    cases = vit_results.read_study(folder)[1]
+    cases = read_experiment(folder)[1]
     for case in cases:
         case.epochs[:] = [row | {"epoch": epoch} for epoch in range(1, 51) for row in case.epochs if row["epoch"] == 1]
     figure = plot_vit_studies.curves_figure(cases)
@@ -244,7 +245,7 @@ def test_cost_is_shown_against_the_control(tmp_path):
     folder = write_study(
         tmp_path / "ablation-x", "ablation", ablation(large={"seconds": 2.0}, decatt={"status": "error"})
     )
-    figure = plot_vit_studies.cost_figure(vit_results.read_study(folder)[1])
+    figure = plot_vit_studies.cost_figure(read_experiment(folder)[1])
     minutes, rate, peak = figure.axes
     assert [len(crosses(ax)) for ax in figure.axes] == [1, 1, 1]
     assert "2.1 (x 2.00)" in texts(figure).replace("2.100", "2.1") and "500.0 (x 0.50)" in texts(figure)
@@ -253,7 +254,7 @@ def test_cost_is_shown_against_the_control(tmp_path):
 
 def test_curves_and_correlation_of_a_study(tmp_path):
     folder = write_study(tmp_path / "ablation-x", "ablation", ablation(flash={"status": "unsupported"}))
-    cases = vit_results.read_study(folder)[1]
+    cases = read_experiment(folder)[1]
     left, right = plot_vit_studies.curves_figure(cases).axes
     lines = {line.get_label(): line.get_ydata() for line in left.lines}
     assert list(lines["small"]) == pytest.approx([100 * (0.79 + 0.1 - 0.2 / epoch) for epoch in (1, 2, 3)])
@@ -280,7 +281,7 @@ def token_cases() -> dict[str, dict]:
 def test_tokens_stand_by_number_and_scorer(tmp_path):
     folder = write_study(tmp_path / "tokens-cifar10", "tokens", token_cases())
     assert [path.name for path in plot_study(folder)] == ["accuracy.png", "time.png"]
-    cases = vit_results.read_study(folder)[1]
+    cases = read_experiment(folder)[1]
     (ax,) = plot_vit_studies.tokens_accuracy(cases).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["regular grid"] == [[36, pytest.approx(37)], [49, pytest.approx(50)]]
@@ -302,7 +303,7 @@ def test_weights_stand_beside_the_control_of_the_ablation(tmp_path):
     write_study(tmp_path / "ablation-cifar10", "ablation", ablation(flash={"accuracies": (0.6, 0.62)}))
     control = vit_results.sibling_control(folder)
     assert control.name == "flash"
-    figure = plot_vit_studies.weights_figure(vit_results.read_study(folder)[1], control)
+    figure = plot_vit_studies.weights_figure(read_experiment(folder)[1], control)
     left, right = figure.axes
     lines = {line.get_label(): line for line in left.lines}
     assert lines["every layer"].get_xydata().tolist() == [[1, pytest.approx(79)], [10, pytest.approx(79)]]
@@ -361,7 +362,13 @@ def test_what_is_no_training_or_lacks_epochs_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "no run.json"), ("{", "damaged"), ('{"experiment": "horizon", "cases": []}', "no study of vit_train")],
+    [
+        (None, "no run.json"),
+        ("{", "damaged"),
+        ('{"cases": 3}', "damaged: it has no experiment with cases"),
+        ('{"experiment": "ablation", "cases": [{}]}', "damaged: a case has no 'name'"),
+        ('{"experiment": "horizon", "cases": []}', "no study of vit_train"),
+    ],
 )
 def test_errors_are_one_sentence(tmp_path, monkeypatch, content, words):
     if content is not None:

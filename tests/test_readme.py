@@ -288,6 +288,7 @@ def test_what_the_readme_says_about_the_long_runs_and_the_peer():
     words = "{:.2f} %, but {:.2f} minutes, {:.2f} of them its first step, are {:.0f} s more than the six"
     first, late = longer["seeds"][0]["first_step_ms"] / 60000, 60 * (longer["training_minutes"] - 6)
     assert words.format(100 * longer["test_accuracy"], longer["training_minutes"], first, late) in README
+    assert f"a step of {longer['step_ms_median']:.2f} ms against {own['step_ms_median']:.2f}, and" in README
     last = json.loads((runs["best-b"] / "epochs.jsonl").read_text().splitlines()[-1])
     assert f"({100 * last['train_accuracy']:.1f} % accuracy on them)" in README
     error = 100 * (accuracy * (1 - accuracy) / own["seeds"][0]["test_images"]) ** 0.5
