@@ -28,20 +28,11 @@ import torch
 
 import attention_benchmark
 import attention_measure
+import attention_results
 import attention_studies
-from attention_benchmark import (
-    COLUMNS,
-    CPU_SWEEPS,
-    GPU_SWEEPS,
-    Settings,
-    csv_rows,
-    read_list,
-    summarise,
-    sweep_axes,
-    sweep_cases,
-    write_csv,
-)
+from attention_benchmark import CPU_SWEEPS, GPU_SWEEPS, Settings, read_list, sweep_axes, sweep_cases
 from attention_measure import DIRECTIONS, Bench, Case, Measurement, attention_flops, forward, make_inputs
+from attention_results import COLUMNS, csv_rows, summarise, write_csv
 from attention_studies import break_even, break_even_words, direct_call, find_break_even, overhead, overhead_words
 from attention_support import FULL, unsupported_reason
 from memory_tracker import LiveTensorCounter
@@ -616,7 +607,7 @@ def test_a_summary_made_anew(run, monkeypatch):
     drawn = []
     done = run(backends="eager,sdpa_flash,flash_attn", dtype="bf16", rounds=2, run_name="mine")
     monkeypatch.setattr(Bench, "measure", lambda *_: pytest.fail("something was measured"))
-    monkeypatch.setattr(attention_benchmark, "plot_sweep", lambda path: drawn.append(path) or [path / "sweep.png"])
+    monkeypatch.setattr(attention_results, "plot_sweep", lambda path: drawn.append(path) or [path / "sweep.png"])
     before, text = done.info, (done.path / "summary.txt").read_text()
     table = (done.path / "results.csv").read_text()
     (done.path / "summary.txt").unlink()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import plot_attention
-from attention_benchmark import COLUMNS, csv_rows, write_csv
 from attention_measure import Case, Measurement, attention_flops
+from attention_results import COLUMNS, csv_rows, write_csv
 from attention_support import BACKENDS
 from plot_attention import STYLES, break_even_figure, plot_sweep, read_results, sweep_figures, window_map
 from run_results import RunFolderError
