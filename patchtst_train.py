@@ -45,14 +45,8 @@ from run_folder import (
     end_badly,
     now,
 )
-from time_series_dataset import (
-    DATASETS,
-    SPLITS,
-    SeriesData,
-    baseline_errors,
-    load_series,
-    split_series,
-)
+from time_series_dataset import SPLITS, SeriesData, baseline_errors, split_series
+from time_series_files import DATASETS, load_series
 from utils import SettingsError, count_parameters, parse_settings, run_script, setting
 
 PUBLISHED_BATCH = 128  # the official test loader drops the last, smaller batch of 128: on the rest figures compare

@@ -22,7 +22,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import dataset
-from dataset import TextTokenizer, TokenSplit, load_text_data, local_source, split_documents, train_bpe
+import documents
+from dataset import TextTokenizer, TokenSplit, load_text_data, split_documents, train_bpe
+from documents import local_source
 from utils import SettingsError
 
 CPU = torch.device("cpu")
@@ -358,7 +360,7 @@ def test_second_load_reads_no_document(text_file, load, monkeypatch):
         raise AssertionError("documents were read again")
 
     first = load(text_file)
-    monkeypatch.setattr(dataset, "read_file", unread)
+    monkeypatch.setattr(documents, "read_file", unread)
     monkeypatch.setattr(dataset, "train_bpe", unread)
     second = load(text_file)
     assert second.description == first.description and second.tokenizer == first.tokenizer
@@ -492,7 +494,7 @@ def test_plwiki_takes_documents_of_high_quality(load, speakleash):
     qualities = ["HIGH", "LOW", "HIGH", "MEDIUM"]
     rows = [(f"{text}", {"quality": qualities[i % 4], "url": "x"}) for i, text in enumerate(DOCUMENTS)]
     speakleash([*iter(rows), ("without a class", {})])
-    assert list(dataset.plwiki_source().read()) == DOCUMENTS[::2]
+    assert list(documents.plwiki_source().read()) == DOCUMENTS[::2]
     speakleash(iter(rows))
     data = load(dataset_name="plwiki", max_documents=15)
     assert data.description["name"] == "plwiki" and data.description["generated"] is False
@@ -539,7 +541,7 @@ def test_plwiki_hf_streams_the_hub_format(tmp_path, load, monkeypatch):
         return load_dataset("parquet", data_files=str(path), split=split, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", load_local)
-    assert list(dataset.plwiki_hf_source().read()) == DOCUMENTS
+    assert list(documents.plwiki_hf_source().read()) == DOCUMENTS
     data = load(dataset_name="plwiki_hf", max_documents=20)
     assert data.description["name"] == "plwiki_hf" and data.description["generated"] is False
     assert sum(split.num_documents for split in data.splits.values()) == 20

@@ -29,7 +29,8 @@ from patchtst_plan import make_plan
 from patchtst_pruning import removals
 from patchtst_train import SECTIONS, Settings
 from run_folder import LapClock
-from time_series_dataset import load_series, split_series
+from time_series_dataset import split_series
+from time_series_files import load_series
 from utils import SettingsError, parse_settings, run_script
 
 ROOT = Path(__file__).parent.parent

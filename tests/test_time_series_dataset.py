@@ -11,18 +11,9 @@ import pytest
 import torch
 
 import time_series_dataset
-from time_series_dataset import (
-    Errors,
-    Series,
-    WindowLoader,
-    baseline_errors,
-    download,
-    load_series,
-    read_csv,
-    sample_series,
-    split_borders,
-    split_series,
-)
+import time_series_files
+from time_series_dataset import Errors, WindowLoader, baseline_errors, split_borders, split_series
+from time_series_files import Series, download, load_series, read_csv, sample_series
 from utils import SettingsError
 
 CPU = torch.device("cpu")
@@ -268,7 +259,7 @@ def test_a_file_is_not_passed_off_as_a_dataset(tmp_path, monkeypatch):
         load_series("ETTh1", str(path))
     with pytest.raises(SettingsError, match=r"14,500 rows of 7 channels, not 17,544 of 862"):
         load_series("traffic", str(path))
-    monkeypatch.setitem(time_series_dataset.SHA256, "ETTh1", hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(time_series_files.SHA256, "ETTh1", hashlib.sha256(content).hexdigest())
     series = load_series("ETTh1", str(path))
     assert series.source["name"] == "ETTh1" and series.source["sha256"] == hashlib.sha256(content).hexdigest()
     assert split_series(series, context_length=336, horizon=96, device=CPU).description["split"] == "ett_hourly"
@@ -280,7 +271,7 @@ def test_a_file_is_not_passed_off_as_a_dataset(tmp_path, monkeypatch):
 
 
 def test_a_file_of_traffics_shape_is_read_as_traffic(tmp_path):
-    rows, channels = time_series_dataset.TRAFFIC_SHAPE
+    rows, channels = time_series_files.TRAFFIC_SHAPE
     dates = np.datetime64("2016-07-01T02:00:00") + np.arange(rows) * np.timedelta64(60, "m")
     header = ",".join(["date", *map(str, range(channels))])
     numbers = ",".join(["0.5"] * (channels - 1))
@@ -306,7 +297,7 @@ class Answer(io.BytesIO):
 
 def test_download_compares_the_checksum(tmp_path, monkeypatch):
     content, asked = b"date,a\n", []
-    monkeypatch.setitem(time_series_dataset.SHA256, "ETTm2", hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(time_series_files.SHA256, "ETTm2", hashlib.sha256(content).hexdigest())
 
     def fetch(answer: bytes):
         def urlopen(address, timeout):
