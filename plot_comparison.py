@@ -17,137 +17,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.text import Annotation
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from matplotlib.transforms import Bbox
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 import report_comparison as tables
-from plot import BLUE, GREEN, GREY, HEIGHT_INCHES, ORANGE, RED, caption, draw_bars, new_figure, save, short
-from report_comparison import Case, effects_of, finished, mean, read_json, shown, signed
-from run_results import Run
+from plot import BLUE, GREEN, GREY, ORANGE, RED, draw_bars, new_figure, save, short
+from plot_comparison_parts import (
+    BLACK,
+    BROWN,
+    COLOURS,
+    CROSS,
+    MARKERS,
+    PURPLE,
+    SKY,
+    WINE,
+    YELLOW,
+    as_runs,
+    draw_cross,
+    legend_below,
+    name_lines,
+    place_labels,
+    plain_logarithm,
+    rows_figure,
+    words_of,
+)
+from plot_comparison_quality import quality_figure, updates_figure
+from report_comparison import Case, effects_of, read_json, signed
 from utils import SettingsError
 
 EXPERIMENTS = ("seed", "factorial", "max_batch", "quality")
-SKY, PURPLE, YELLOW, BLACK = "#56B4E9", "#CC79A7", "#F0E442", "#000000"  # the rest of Okabe and Ito's colours
-BROWN, WINE = "#7F4F24", "#882255"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK, GREY, BROWN, WINE)
-MARKERS = "osD^vP<>p*"
-CROSS = {"marker": "x", "color": RED, "markersize": 8, "markeredgewidth": 2.4, "linestyle": "none"}
-
-
-def as_runs(cases: Sequence[Case]) -> list[Run]:
-    """The cases as plot.py knows runs; the status is that of the comparison."""
-    return [Run(case.name, case.folder, case.info | {"status": case.status}, [], [], []) for case in cases]
-
-
-def words_of(cases: Sequence[Case], count_key: str, unit: str) -> str:
-    """Device, precision, batch, context, data and n of the cases that ended well."""
-    good = [case for case in cases if case.ok]
-    return caption(as_runs(good), [case.result(count_key) for case in good], unit)
-
-
-def rows_figure(
-    title: str, subtitle: str, names: Sequence[str], panels: int = 1, row: float = 0.3
-) -> tuple[Figure, list[Axes]]:
-    """A figure with one named row a case, the first on top."""
-    figure, axes = new_figure(title, subtitle, panels, max(HEIGHT_INCHES, 1.8 + row * len(names)))
-    for ax in axes:
-        ax.set_yticks(range(len(names)), names, fontsize=9)
-        ax.set_ylim(len(names) - 0.4, -0.6)
-        ax.grid(visible=False, axis="y")
-    return figure, axes
-
-
-def draw_cross(ax: Axes, row: float, status: str) -> None:
-    """A red cross with the status at the left end of a row."""
-    across = ax.get_yaxis_transform()
-    ax.plot([0.02], [row], transform=across, **CROSS)
-    ax.annotate(status, (0.02, row), (9, 0), across, textcoords="offset points", color=RED, va="center", fontsize=9)
-
-
-def legend_below(figure: Figure, columns: int, handles: list | None = None) -> None:
-    extra = {} if handles is None else {"handles": handles}
-    labels = [handle.get_label() for handle in handles or figure.axes[0].get_legend_handles_labels()[0]]
-    columns = min(columns, max(1, 130 // (8 + max(map(len, labels), default=1))))  # about 130 characters fit
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False, **extra)
-
-
-def plain_logarithm(axis: object) -> None:
-    """A logarithmic axis labelled 1, 2, 5, 10, ... without powers."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
-
-
-# ------------------------------------------------------------------------------------------------------- labels
-
-Point = tuple[float, float]
-
-
-def place_labels(
-    ax: Axes, points: Sequence[Point], names: Sequence[str], avoid: Sequence[Point], line: Sequence[Point] = ()
-) -> list[Annotation]:
-    """Name points so that no name lies on another one, on a marker, on the line or outside: the nearest free place.
-
-    Args:
-        points, names: what is named, in data coordinates.
-        avoid: further points (data coordinates) that no name may cover.
-        line: corners of a line that no name may cover.
-
-    Returns:
-        The names; one that is not beside its point has a thin line to it.
-    """
-    figure = ax.figure
-    figure.draw_without_rendering()  # the layout has to be final before pixels are compared
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    frame, pixels = ax.get_window_extent(renderer), ax.transData.transform
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in map(pixels, [*points, *avoid])]
-    taken += [box for one, other in itertools.pairwise(map(pixels, line)) for box in boxes_along(one, other)]
-    directions = [(1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]
-    horizontal, vertical = {1: "left", 0: "center", -1: "right"}, {1: "bottom", 0: "center", -1: "top"}
-    labels: list[Annotation] = []
-    for point, name in zip(points, names, strict=True):
-        named = [old.get_window_extent(renderer) for old in labels]
-        label = ax.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8.5, annotation_clip=False)
-        label.set_in_layout(False)
-        best = (math.inf, {})
-        for distance, (right, up) in itertools.product((9, 18, 30, 44, 60, 80, 104), directions):
-            style = {"ha": horizontal[right], "va": vertical[up], "position": (distance * right, distance * up)}
-            label.set(**style)
-            box = label.get_window_extent(renderer).padded(1.5)
-            leader = boxes_along(pixels(point), pixels(point) + np.array(style["position"]) * figure.dpi / 72)
-            cost = sum(overlap_area(box, other) for other in taken) + box.width * box.height - overlap_area(box, frame)
-            cost += sum(overlap_area(part, old) for part in leader for old in named)
-            if cost < best[0] - 1e-6:
-                best = (cost, style)
-            if cost < 1e-6:
-                break
-        label.set(**best[1])
-        taken.append(label.get_window_extent(renderer).padded(1.5))
-        if sum(map(abs, best[1]["position"])) > 9:
-            arrow = {"arrowstyle": "-", "color": GREY, "lw": 0.7}
-            ax.annotate("", point, best[1]["position"], textcoords="offset points", arrowprops=arrow)
-        labels.append(label)
-    return labels
-
-
-def boxes_along(one: np.ndarray, other: np.ndarray) -> list[Bbox]:
-    """Small boxes on the way between two places in pixels."""
-    count = int(np.hypot(*(other - one)) / 6) + 2
-    return [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in np.linspace(one, other, count)]
-
-
-def overlap_area(one: Bbox, other: Bbox) -> float:
-    """Square pixels that both boxes cover."""
-    both = Bbox.intersection(one, other)
-    return 0.0 if both is None else both.width * both.height
 
 
 # ------------------------------------------------------------------------------------------------- time and memory
@@ -343,114 +244,6 @@ def profile_figure(cases: Sequence[Case]) -> Figure | None:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------- quality
-
-
-def quality_figure(cases: Sequence[Case], title: str, key: str, label: str) -> Figure:
-    """Every seed a point, their mean a bar across; the runs with another number of updates below and apart."""
-    equal, confounded = tables.quality_runs(cases)
-
-    def updates(own: Sequence[Case]) -> str:
-        counts = dict.fromkeys(f"{case.result('steps'):,}" for case in own if case.ok)
-        return f" ({', '.join(counts)} updates)" if counts else ""
-
-    names = [name + updates(list(seeds.values())) for name, seeds in equal.items()]
-    names += [run.case.name + updates([run.case]) for run in confounded]
-    subtitle = words_of(cases, "test_tokens", "test tokens")
-    figure, (ax,) = rows_figure(title, subtitle, names, row=0.34)
-    for row, seeds in enumerate(equal.values()):
-        values = finished(seeds, key)
-        failed = [f"seed {seed}: {case.status}" for seed, case in seeds.items() if not case.ok]
-        if failed:
-            draw_cross(ax, row, ", ".join(failed))
-        if values:
-            ax.plot(values, [row] * len(values), "o", color=BLUE, markersize=7, alpha=0.75)
-            ax.plot([mean(values)] * 2, [row - 0.33, row + 0.33], color=BLACK, linewidth=2.2)
-            text = short(mean(values)) if key != "test_loss" else f"{mean(values):.3f}"
-            ax.annotate(text, (max(values), row), (9, 0), textcoords="offset points", va="center", fontsize=8.5)
-    for row, run in enumerate(confounded, start=len(equal)):
-        if run.case.ok:
-            value = run.case.result(key)
-            text = short(value) if key != "test_loss" else f"{value:.3f}"
-            ax.plot([value], [row], "D", color=ORANGE, markersize=7)
-            ax.annotate(text, (value, row), (9, 0), textcoords="offset points", va="center", fontsize=8.5)
-        else:
-            draw_cross(ax, row, run.case.status)
-    if confounded:
-        ax.axhline(len(equal) - 0.5, color=GREY, linestyle=":", linewidth=1.4)
-    low, high = ax.dataLim.intervalx
-    if math.isfinite(low):
-        width = (high - low) or 0.1 * abs(high)
-        partly = any(
-            len({case.ok for case in seeds.values()}) == 2 for seeds in equal.values()
-        )  # crosses beside points
-        ax.set_xlim(low - (0.35 if partly else 0.14) * width, high + 0.12 * width)
-    if key != "test_loss":
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    ax.set_xlabel(f"{label}; the axis does not begin at 0")
-    handles = [
-        Line2D([], [], marker="o", linestyle="none", color=BLUE, markersize=7, label="one seed, equal updates"),
-        Line2D([], [], marker="|", linestyle="none", color=BLACK, markersize=12, markeredgewidth=2.2, label="mean"),
-        Line2D([], [], marker="D", linestyle="none", color=ORANGE, markersize=7, label="as many tokens, other updates"),
-    ]
-    legend_below(figure, 3, handles)
-    return figure
-
-
-def updates_figure(cases: Sequence[Case]) -> Figure:
-    """Perplexity against the number of updates: runs at equal updates, and larger batches on as many tokens."""
-    equal, confounded = tables.quality_runs(cases)
-    subtitle = words_of(cases, "test_tokens", "test tokens")
-    figure, (ax,) = new_figure("Perplexity against the number of updates", subtitle, 1, 6.2)
-    ax.set(xlabel="updates of the weights", ylabel="test perplexity: exp(loss in nats per token)")
-    places: dict[str, list[tuple[float, float]]] = {}
-    labels: list[tuple[tuple[float, float], str]] = []
-    for words, style, chosen in [
-        (
-            "equal updates",
-            {"marker": "o", "color": BLUE, "alpha": 0.6},
-            [c for s in equal.values() for c in s.values()],
-        ),
-        ("as many tokens at a larger batch", {"marker": "D", "color": ORANGE}, [run.case for run in confounded]),
-    ]:
-        good = [case for case in chosen if case.ok]
-        places[words] = [(case.result("steps"), case.result("test_perplexity")) for case in good]
-        if good:
-            xs, ys = zip(*places[words], strict=True)
-            ax.plot(xs, ys, linestyle="none", markersize=8, label=words, zorder=3, **style)
-        if words != "equal updates":
-            for batch in dict.fromkeys(case.batch for case in good):
-                own = [place for place, case in zip(places[words], good, strict=True) if case.batch == batch]
-                labels.append((max(own, key=lambda place: place[1]), f"batch {batch:,}{plural(len(own))}"))
-    for steps in sorted({x for x, _ in places["equal updates"]}):
-        own = [y for x, y in places["equal updates"] if x == steps]
-        text = f"{steps:,} updates in each{plural(len(own))}: {shown(min(own))} to {shown(max(own))}"
-        labels.append(((steps, max(own)), text))
-    for case in cases:
-        if not case.ok:
-            ax.plot([], [], label=f"{case.name}: {case.status}", **CROSS)
-    every = [point for points in places.values() for point in points]
-    if every:
-        xs, ys = zip(*every, strict=True)
-        ax.set_xlim(0, 1.25 * max(xs))
-        if max(ys) > 3 * min(ys):
-            ax.set_yscale("log")
-            plain_logarithm(ax.yaxis)
-            ax.set_ylim(min(ys) / 1.25, max(ys) * 1.35)
-        else:
-            ax.set_ylim(0.75 * min(ys), 1.25 * max(ys))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        ax.set_ylabel(f"{ax.get_ylabel()}\nthe axis does not begin at 0")
-    legend_below(figure, 3)
-    if labels:
-        place_labels(ax, *map(list, zip(*labels, strict=True)), every)
-    return figure
-
-
-def plural(count: int) -> str:
-    return f", {count} runs" if count > 1 else ", one run"
-
-
 # ----------------------------------------------------------------------------------------- largest batch and effects
 
 
@@ -508,20 +301,6 @@ def max_batch_figure(cases: Sequence[Case]) -> Figure:
         ax.set_ylim(min(sizes) / 1.2 / math.exp(span * share / (1 - share)), max(sizes) * 1.4)
     name_lines(ax, ends, names)
     return figure
-
-
-def name_lines(ax: Axes, ends: Sequence[tuple[float, float]], names: Sequence[tuple[str, str]]) -> None:
-    """Write each line's name to the right of its end, in its colour, moved up where two would touch."""
-    figure = ax.figure
-    figure.draw_without_rendering()
-    per_point = figure.dpi / 72
-    lowest = -math.inf
-    for (x, y), (name, colour) in sorted(zip(ends, names, strict=True), key=lambda pair: pair[0][1]):
-        at = ax.transData.transform((x, y))[1] / per_point
-        lowest = max(at, lowest + 11.5)
-        arrow = {"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0, 0.5)} if lowest - at > 1 else None
-        style = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": colour, "arrowprops": arrow}
-        ax.annotate(name, (x, y), (16, lowest - at), annotation_clip=False, **style).set_in_layout(False)
 
 
 def interactions_figure(effects: dict, subtitle: str) -> Figure:

@@ -27,7 +27,9 @@ from test_report_comparison import (
 
 import plot
 import plot_comparison
-from plot_comparison import RED, figures_of, memory_segments, pareto_front, place_labels
+from plot import RED
+from plot_comparison import figures_of, memory_segments, pareto_front
+from plot_comparison_parts import place_labels
 from report_comparison import Case, read_cases
 from utils import SettingsError
 
