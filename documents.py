@@ -18,6 +18,8 @@ from typing import Any
 
 import pyarrow
 
+import polish_grammar
+import sample_articles
 import sample_documents
 from utils import SettingsError
 
@@ -39,7 +41,8 @@ class Source:
 
 def sample_source(count: int) -> Source:
     """Documents of the project's own generator."""
-    code = hashlib.sha256(Path(sample_documents.__file__).read_bytes()).hexdigest()
+    files = (Path(module.__file__) for module in (polish_grammar, sample_articles, sample_documents))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return Source(
         "sample",
         "--dataset_name sample",

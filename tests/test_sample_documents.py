@@ -7,7 +7,8 @@ import unicodedata
 
 import pytest
 
-from sample_documents import MONTHS, Number, adjective, attach, decline, generate_documents, phrase, plural
+from polish_grammar import MONTHS, Number, adjective, attach, decline, phrase, plural
+from sample_documents import generate_documents
 
 DOCUMENTS = list(generate_documents(2000))
 TEXT = "\n".join(DOCUMENTS)
