@@ -38,6 +38,7 @@ from attention_support import (
     FLASH_IMPLEMENTATIONS,
     FULL,
     SDPA_KERNELS,
+    SHARES_HEADS,
     WINDOWED,
     WITHOUT_DROPOUT,
     choose_backend,
@@ -111,11 +112,12 @@ def eager_attention(
 def _sdpa(backend, q, k, v, causal, dropout_p, softmax_scale):
     """PyTorch's scaled_dot_product_attention, with one kernel forced unless `backend` is sdpa."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, tokens, head_dim)
+    options = {"scale": softmax_scale, "enable_gqa": k.shape[1] != q.shape[1]}
     if backend == "sdpa":
-        output = F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, scale=softmax_scale)
+        output = F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, **options)
     else:
         with sdpa_kernel(SDPA_KERNELS[backend]):
-            output = F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, scale=softmax_scale)
+            output = F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, **options)
     return output.transpose(1, 2)  # (batch, tokens, heads, head_dim)
 
 
@@ -229,7 +231,9 @@ def attention(
     """softmax(q k^T x scale) v with one layout for every backend.
 
     Args:
-        q, k, v: (batch, tokens, heads, head_dim), all three of one shape.
+        q, k, v: (batch, tokens, heads, head_dim), all three of one shape; or k and v with fewer heads, each of which
+            num_heads / num_kv_heads heads of q look at (GQA). SHARES_HEADS read them as they are, for every other
+            backend k and v are repeated: (2 x num_heads x head_dim) numbers a token more.
         backend: one of BACKENDS, which runs or raises (nothing else is put in its place), or auto, which takes what
             `choose_backend` says. `observe_kernel` tells the caller which kernel ran.
         causal: a query sees no later key.
@@ -244,8 +248,13 @@ def attention(
         SettingsError: an unknown backend or one that cannot run here with these tensors: reason and remedy.
     """
     if q.shape != k.shape or q.shape != v.shape or q.dim() != 4:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise SettingsError(f"attention wants q, k and v of one shape (batch, tokens, heads, head_dim), not {shapes}")
+        fewer_heads = q.dim() == 4 and k.shape == v.shape == (*q.shape[:2], k.shape[2], q.shape[3])
+        if not fewer_heads or k.shape[2] < 1 or q.shape[2] % k.shape[2]:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+            raise SettingsError(
+                "attention wants q, k and v of one shape (batch, tokens, heads, head_dim), or k and v with a number of "
+                f"heads that divides q's, not {shapes}"
+            )
     if backend == "auto":
         q, k, v = (x.to(_kernel_dtype(x)) for x in (q, k, v))  # as autocast does for PyTorch's own kernels
         backend = _auto(q, (q, k, v), causal, window, dropout_p, packed=False)
@@ -253,6 +262,8 @@ def attention(
         raise SettingsError(window_refusal(backend))
     if dropout_p > 0 and backend in WITHOUT_DROPOUT:
         raise SettingsError(unsupported_reason(backend, q.device, q.dtype, window, q.shape[-1], dropout_p=dropout_p))
+    if k.shape[2] != q.shape[2] and backend not in SHARES_HEADS:
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     try:
         if backend == "eager":
             return eager_attention(q, k, v, causal, window, dropout_p, softmax_scale)

@@ -61,6 +61,7 @@ FLASH_IMPLEMENTATIONS = {
 }
 WINDOWED = ("eager", "flash_attn", "flash_attn_3", "flash_attn_4", "varlen", "flex")
 WITHOUT_DROPOUT = ("flash_attn_3", "flash_attn_4", "varlen", "flex", "short")
+SHARES_HEADS = ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn")  # take fewer heads of keys and values as they are
 MAX_SEQUENCES = 65535  # an axis of a CUDA grid; these kernels lay the sequences of a batch along one
 LIMITED_SEQUENCES = ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn", "flash_attn_3", "flash_attn_4")
 FULL = (-1, -1)  # no window: every key that the causal rule allows

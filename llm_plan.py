@@ -14,11 +14,12 @@ import torch
 import checkpointing
 import cross_entropy
 import optimizers
+import tensorboard_log
 from attention_support import FULL, choose_backend, choose_flash_backend, parse_window, unsupported_reason
 from cross_entropy import CHUNK_TOKENS
 from dataset import TextData
-from precision import AUTOCAST_DTYPES, set_precision
-from transformer_based_llm import MODEL_SIZES, ModelConfig, model_config
+from precision import AUTOCAST_DTYPES, FP8_MULTIPLE, fp8_unsupported_reason, set_precision
+from transformer_based_llm import SHAPE, ModelConfig, model_config, type_of_size
 from utils import GIB, SettingsError
 
 MUST_BE_POSITIVE = (
@@ -41,6 +42,7 @@ class Plan:
     loss_chunk_tokens: int
     use_compile: bool
     autocast_precision: str  # fp32 (no autocast) where the parameters themselves are bf16
+    fp8: dict[str, Any] | None  # what precision.convert_to_fp8 is given; None without FP8
     batch_size: int
     search_margin: float  # share of the memory that a search leaves free
     capacity_gib: float  # of the GPU or the budget
@@ -95,9 +97,15 @@ def make_plan(settings: Any) -> Plan:
     check_techniques(settings, precision, device)
     model_size = settings.model_size
     if model_size == "auto":
-        model_size = "gpt2" if device.type == "cuda" else "tiny"
+        auto_sizes = {"transformer": ("gpt2", "tiny"), "llama": ("llama-1b", "llama-tiny")}
+        model_size = auto_sizes[settings.model_type][device.type != "cuda"]
+    if type_of_size(model_size) != settings.model_type:
+        raise SettingsError(
+            f"--model_size {model_size} is a {type_of_size(model_size)}, and --model_type is {settings.model_type}; "
+            f"add --model_type {type_of_size(model_size)}"
+        )
     window = parse_window(settings.attention_window)
-    shape = {name: getattr(settings, name) for name in MODEL_SIZES[model_size]}
+    shape = {name: getattr(settings, name) for name in SHAPE}
     model = model_config(
         model_size,
         **shape,
@@ -160,7 +168,8 @@ def make_plan(settings: Any) -> Plan:
             f"--tokens_per_update {settings.tokens_per_update} is not a multiple of the context length "
             f"{model.context_length}"
         )
-    batch_size = settings.batch_size or (8 if model_size == "tiny" else 64)
+    default_batch = 8 if model_size.endswith("tiny") else 64 if settings.model_type == "transformer" else 4
+    batch_size = settings.batch_size or default_batch
     if settings.tokens_per_update is not None and batch_size * model.context_length > settings.tokens_per_update:
         if settings.batch_size is not None:
             raise SettingsError(
@@ -187,6 +196,7 @@ def make_plan(settings: Any) -> Plan:
         if settings.batch_size is not None:
             raise SettingsError(f"--batch_size {batch_size} is above --max_batch_size {settings.max_batch_size}")
         batch_size = settings.max_batch_size
+    fp8 = plan_fp8(settings, precision, model.context_length)
     margin = settings.search_margin
     if margin is None:
         margin = 0.01 if device.type == "cuda" else 0.0  # counted live tensors have no pieces to fit in
@@ -207,6 +217,7 @@ def make_plan(settings: Any) -> Plan:
         loss_chunk_tokens=settings.loss_chunk_tokens or min(CHUNK_TOKENS, -(-batch_size * model.context_length // 8)),
         use_compile=settings.use_compile,
         autocast_precision=precision if settings.parameters == "fp32" else "fp32",
+        fp8=fp8,
         batch_size=batch_size,
         search_margin=margin,
         capacity_gib=capacity or free,
@@ -234,13 +245,24 @@ def check_techniques(settings: Any, precision: str, device: torch.device) -> Non
     )
     if reason is not None:
         raise SettingsError(f"--optimizer {settings.optimizer} cannot run here: {reason}")
-    if settings.parameters != "fp32" and precision != "bf16":
+    if precision == "fp8":
+        reason = fp8_unsupported_reason(device, settings.use_compile, settings.fp8_emulation)
+        if reason is not None:
+            raise SettingsError(f"--precision fp8 cannot run here: {reason}")
+        if settings.gelu != "plain":
+            raise SettingsError(
+                f"--gelu {settings.gelu} multiplies with the MLP's weights itself, in 16 bits: --precision fp8 would "
+                "miss the largest layers; leave one of them out"
+            )
+    if settings.parameters != "fp32" and precision not in ("bf16", "fp8"):
         raise SettingsError(f"--parameters {settings.parameters} are bf16 and contradict --precision {precision}")
     if settings.optimizer_in_backward and precision == "fp16":
         raise SettingsError(
             "--optimizer_in_backward true updates before fp16's gradient scaler has seen all gradients; use "
             "--precision bf16"
         )
+    if settings.tensorboard and (reason := tensorboard_log.missing_reason()) is not None:
+        raise SettingsError(f"--tensorboard true: {reason}")
     if settings.profile_steps and device.type != "cuda":
         raise SettingsError("--profile_steps reads the GPU's kernels and there is no GPU here; leave it out")
     if settings.activation_memory_budget is not None:
@@ -273,9 +295,46 @@ def check_techniques(settings: Any, precision: str, device: torch.device) -> Non
         )
 
 
+def plan_fp8(settings: Any, precision: str, context_length: int) -> dict[str, Any] | None:
+    """What `precision.convert_to_fp8` is to be given; None without FP8. Raises where an FP8 setting has no effect."""
+    if precision != "fp8":
+        for name, default in (
+            ("fp8_recipe", None),
+            ("fp8_layers", None),
+            ("fp8_head", False),
+            ("fp8_emulation", False),
+        ):
+            if getattr(settings, name) != default:
+                raise SettingsError(f"--{name} has no effect without --precision fp8")
+        return None
+    if settings.fp8_head and settings.loss != "full":
+        raise SettingsError(
+            f"--fp8_head true has no effect with --loss {settings.loss}, which multiplies with the head's weight "
+            "itself; leave one of them out"
+        )
+    if context_length % FP8_MULTIPLE and not settings.fp8_emulation:
+        raise SettingsError(
+            f"--precision fp8 needs numbers of tokens that {FP8_MULTIPLE} divides, and --context_length is "
+            f"{context_length}; round it"
+        )
+
+    def skip(name: str) -> str | None:
+        return "--fp8_head is false" if name == "head" and not settings.fp8_head else None
+
+    return {
+        "recipe": settings.fp8_recipe or "tensorwise",
+        "layers": settings.fp8_layers or "all",
+        "skip": skip,
+        "emulated": settings.fp8_emulation,
+    }
+
+
 def default_run_name(settings: Any, plan: Plan) -> str:
     """The techniques of a run, such as tiny-bf16-flash_attn-window-(64,0)-batch-125."""
     parts = [plan.precision, plan.model.attention_backend]
+    if plan.fp8 is not None:
+        parts[0] += f"-{plan.fp8['recipe']}" + ("-emulated" if plan.fp8["emulated"] else "")
+        parts[0] += ("-large" if plan.fp8["layers"] == "large" else "") + ("-head" if settings.fp8_head else "")
     if plan.model.attention_window != FULL:
         parts.append("window-({},{})".format(*plan.model.attention_window))
     if plan.model.gradient_checkpointing == "block":

@@ -1,12 +1,13 @@
-"""Train a GPT-2-like decoder on Polish text and log what each phase of a step needs: memory, time and quality.
+"""Train a GPT-2-like or Llama-like decoder on Polish text and log what each phase of a step costs: memory, time, loss.
 
     python llm_train.py                                                        built-in text, tiny model without a GPU
     python llm_train.py --use_flash_attention true --adjust_batch_size true    the largest batch that fits
     python llm_train.py --dataset_name plwiki --tokenizer_type transformers --max_training_minutes 120
+    python llm_train.py --model_type llama --precision fp8 --use_compile true  1.1 G parameters, FP8 products (Hopper)
     python llm_train.py --resume outputs/llm/RUN                               go on after an interruption
 
 Every technique is one flag, and one run changes one thing: --use_flash_attention, --attention_backend,
---attention_window, --precision (--use_fp16), --loss, --gelu, --gradient_checkpointing, --optimizer,
+--attention_window, --precision (--use_fp16, --fp8_recipe), --loss, --gelu, --gradient_checkpointing, --optimizer,
 --optimizer_in_backward, --parameters, --use_compile, --batch_size. A run leaves run.json, steps.jsonl, memory.csv and
 pictures in outputs/<experiment>/<run_name>/; the last line printed is one JSON object with the results.
 
@@ -40,7 +41,7 @@ from llm_plan import Plan, check_corpus, default_run_name, make_plan
 from llm_step import Batch, Objective, evaluate, training_step, unigram_perplexity
 from memory_tracker import MemoryTracker
 from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer
-from precision import PRECISIONS, make_scaler
+from precision import FP8_LAYERS, FP8_RECIPES, PRECISIONS, convert_to_fp8, describe_fp8, make_scaler
 from run_folder import (
     Interrupted,
     RunFolder,
@@ -52,12 +53,9 @@ from run_folder import (
     write_atomically,
 )
 from step_profile import profile_steps, profile_table
+from tensorboard_log import TensorBoardLog
 from training_state import capture, load_state, restore, save_state
-from transformer_based_llm import (
-    MODEL_SIZES,
-    TransformerLM,
-    model_summary,
-)
+from transformer_based_llm import MODEL_SIZES, MODEL_TYPES, TransformerLM, model_summary
 from utils import (
     SettingsError,
     count_matmul_parameters,
@@ -77,12 +75,14 @@ class Settings:
     """Every setting is a constant here and a flag; `--config FILE.yaml` sets several."""
 
     # model
-    model_type: str = setting("transformer", "this script's one model; a flag of the plwiki lab", ["transformer"])
-    model_size: str = setting("auto", "auto is gpt2 (134 M) with a GPU and tiny without", ["auto", *MODEL_SIZES])
+    model_type: str = setting("transformer", "transformer is GPT-2-like, llama has its blocks", MODEL_TYPES)
+    model_size: str = setting("auto", "auto: gpt2 (134 M) or llama-1b with a GPU, tiny without", ["auto", *MODEL_SIZES])
     num_layers: int | None = setting(None, "blocks (default: by model_size)")
     embedding_dim: int | None = setting(None, "width (default: by model_size)")
     num_heads: int | None = setting(None, "attention heads (default: by model_size)")
-    context_length: int | None = setting(None, "tokens in a sequence (default: 256, tiny 128)")
+    num_kv_heads: int | None = setting(None, "llama: heads of keys and values (default: by model_size)")
+    mlp_dim: int | None = setting(None, "llama: inner width of the MLP (default: by model_size)")
+    context_length: int | None = setting(None, "tokens in a sequence (default: 256, tiny 128, llama 4096)")
     vocab_size: int | None = setting(None, "entries of embedding, head and trained BPE (default: 32000, tiny 2048)")
     dropout: float = setting(0.0, "dropout of embeddings, attention weights and both branches of a block")
 
@@ -92,7 +92,11 @@ class Settings:
         None, "attention kernel by name, or auto (default: sdpa)", ["auto", *BACKENDS]
     )
     attention_window: str | None = setting(None, "keys seen before and after, such as 64,0 (default: all)")
-    precision: str | None = setting(None, "default: fp32, or bf16 with flash attention", PRECISIONS)
+    precision: str | None = setting(None, "default: fp32, or bf16 with flash attention", [*PRECISIONS, "fp8"])
+    fp8_recipe: str | None = setting(None, "how numbers are scaled into 8 bits (default: tensorwise)", FP8_RECIPES)
+    fp8_layers: str | None = setting(None, "linear layers in FP8: all, or those large enough to gain", FP8_LAYERS)
+    fp8_head: bool = setting(False, "the head in FP8 too (its products are the largest)")
+    fp8_emulation: bool = setting(False, "FP8's rounding on any device, for its quality: slower, saves nothing")
     use_fp16: bool = setting(False, "the plwiki lab's name for BF16 autocast; the same as --precision bf16")
     loss: str = setting("full", "full holds all logits, chunked some, fused is liger-kernel's chunked loss", LOSSES)
     loss_chunk_tokens: int | None = setting(None, "tokens whose logits live at a time (2048, or 1/8 batch)")
@@ -137,6 +141,7 @@ class Settings:
     tracked_steps: int = setting(5, "steps whose memory is tracked, from the second on; they also warm up")
     measured_steps: int = setting(20, "steps after those whose median time is reported")
     profile_steps: int = setting(0, "steps profiled at the end: where the time goes (a GPU)")
+    tensorboard: bool = setting(False, "write TensorBoard event files too (uv sync --extra tensorboard)")
     figures: bool = setting(True, "draw this run's figures at its end (plot.py can draw them later)")
     log_every: int = setting(100, "steps between printed lines")
 
@@ -201,6 +206,7 @@ class Training:
         self.num_windows = self.split.num_windows(self.context_length)
         torch.manual_seed(settings.seed)
         self.model = TransformerLM(plan.model).to(self.device)
+        self.fp8 = None if plan.fp8 is None else convert_to_fp8(self.model, **plan.fp8)
         self.optimizer = make_optimizer(
             settings.optimizer,
             self.model.parameters(),
@@ -219,7 +225,11 @@ class Training:
         self.flops_per_token = utils.training_flops_per_token(
             count_matmul_parameters(self.model), plan.model.num_layers, plan.model.embedding_dim, self.context_length
         )
-        self.peak_tflops = utils.peak_tflops(utils.device_name(self.device), plan.precision)
+        name = utils.device_name(self.device)
+        emulated = self.fp8 is not None and self.fp8["emulated"]  # its products do not run on FP8 units
+        self.peak_tflops = None if emulated else utils.peak_tflops(name, plan.precision)
+        # Of an FP8 run both are told: attention, head and all else run at bf16's rate, so neither is the whole truth.
+        self.peaks = {kind: utils.peak_tflops(name, kind) for kind in ("bf16", "fp8") if self.fp8 and not emulated}
         self.batch_size = plan.batch_size
         self.step = 0
         self.seconds = 0.0  # of training alone, earlier processes included
@@ -380,8 +390,11 @@ class Training:
     def measured(self, log: StepLog) -> dict:
         """Headline numbers of time and memory: this process's, or an earlier one's that timed more steps."""
         headline = log.headline()
-        step_ms = headline["step_ms_median"]
+        step_ms, rate = headline["step_ms_median"], headline["tokens_per_s"]
         epoch = None if step_ms is None else round(self.steps_per_epoch * step_ms / 60000, 4)
+        for kind, peak in self.peaks.items():
+            mfu = None if rate is None else utils.model_flops_utilisation(rate, self.flops_per_token, peak)
+            headline |= {f"mfu_{kind}_peak": None if mfu is None else round(mfu, 4), f"{kind}_peak_tflops": peak}
         now_measured = {**headline, "epoch_minutes": epoch, "compile_s": self.compile_s, **self.memory_headline()}
         return max(self.measured_before, now_measured, key=lambda numbers: numbers.get("timed_steps", -1))
 
@@ -456,6 +469,7 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
             expandable_segments=plan.device.type == "cuda"
             and any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()),
             memory_budget_gib=plan.capacity_gib if settings.adjust_batch_size else settings.memory_budget_gib,
+            fp8=training.fp8,
             model_size=plan.model_size,
             parameters=count_parameters(training.model),
             attention_kernel=training.observe_attention_kernel(),
@@ -466,6 +480,7 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
     peak = f"{training.peak_tflops} TFLOP/s" if training.peak_tflops else "unknown for this device, so no MFU"
     for line in (
         *plan.notes,
+        *([describe_fp8(training.fp8)] if training.fp8 else []),
         f"data: {data.description['description']}; {data.tokenizer['description']}",
         f"model: {plan.model_size}, {run.info['parameters']:,} parameters, context {plan.model.context_length}; "
         f"{plan.precision}, attention {plan.model.attention_backend} ({run.info['attention_kernel']})",
@@ -489,6 +504,7 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
         tracked_steps=settings.tracked_steps,
         measured_steps=settings.measured_steps,
         done_steps=training.step,
+        also=TensorBoardLog(run.path, training.step).add if settings.tensorboard else None,
     )
     if settings.use_compile and not settings.adjust_batch_size and training.step < training.total_steps:
         training.compile()  # after a search everything is compiled, and the time for it lies in the probes
@@ -535,7 +551,13 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
         smaller = "a higher --search_margin" if settings.adjust_batch_size else "a smaller batch"
         print(f"the allocator ran short {results['alloc_retries']} times: {smaller} may be faster")
     if results["timed_steps"]:
-        mfu = "" if results["mfu"] is None else f", MFU {100 * results['mfu']:.1f} % of {training.peak_tflops} TFLOP/s"
+        shares = {kind: results[f"mfu_{kind}_peak"] for kind in training.peaks} or {plan.precision: results["mfu"]}
+        known = [
+            f"{share:.1%} of {training.peaks.get(kind, training.peak_tflops)} TFLOP/s ({kind})"
+            for kind, share in shares.items()
+            if share is not None
+        ]
+        mfu = f", MFU {', '.join(known)}" if known else ""
         print(
             f"step {results['step_ms_median']:.1f} ms (20th-80th percentile {results['step_ms_p20']:.1f}-"
             f"{results['step_ms_p80']:.1f}, n = {results['timed_steps']}), {results['tokens_per_s']:,.0f} tokens/s{mfu}"

@@ -26,7 +26,6 @@ Zamirai et al. 2020, Revisiting BFloat16 Training, arXiv 2010.06192; Lv et al. 2
 import functools
 import gc
 import importlib.util
-import logging
 import os
 import shutil
 import warnings
@@ -155,13 +154,7 @@ def adamw_8bit_class() -> type[torch.optim.Optimizer]:
     tensors of 4096 elements or more that 256 divides get them. Its step is compiled by torch.compile, tensor shape by
     tensor shape, when it first runs, and lr is a tensor: change it with `param_groups[0]["lr"].fill_()`.
     """
-    log = logging.getLogger("torch.utils._pytree")
-    level = log.level
-    log.setLevel(logging.ERROR)  # importing torchao registers things in a way that newer PyTorch warns of
-    try:
-        from torchao.optim import AdamW8bit
-    finally:
-        log.setLevel(level)
+    AdamW8bit = precision.import_torchao("torchao.optim").AdamW8bit
     warnings.filterwarnings("ignore", message="OptimState8bit does not implement")  # a hint to torchao's authors
 
     class TrackedAdamW8bit(AdamW8bit):

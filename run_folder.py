@@ -280,8 +280,9 @@ class StepLog:
         tracked_steps: int,
         measured_steps: int,
         done_steps: int = 0,
+        also: Callable[[list[dict[str, Any]]], None] | None = None,
     ):
-        self.run, self.clock = run, StepClock(device)
+        self.run, self.clock, self.also = run, StepClock(device), also  # `also` gets the rows that steps.jsonl gets
         self.tokens_per_update, self.flops_per_token, self.peak_tflops = tokens_per_update, flops_per_token, peak_tflops
         self.tracked_steps, self.measured_steps, self.done_steps = tracked_steps, measured_steps, done_steps
         self.pending: list[tuple[int, torch.Tensor, float]] = []
@@ -323,6 +324,8 @@ class StepLog:
             )
             self.times.append((step - self.done_steps, step_ms, data_ms))
         self.run.log_steps(rows)
+        if self.also is not None:
+            self.also(rows)
         if not np.isfinite(losses).all():
             raise FloatingPointError(f"the loss is not finite near step {rows[-1]['step']}; lower --learning_rate")
         return rows[-1]

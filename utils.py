@@ -166,21 +166,25 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 # --------------------------------------------------------------------------------------------------------------------
 
 # Dense peak rates in TFLOP/s: the GPU's name (as a full regular expression), then bf16 and fp16, tf32 (half of bf16),
-# fp32 without tensor cores. None: no such unit, or no figure with a source. A name that matches no row gives no MFU.
+# fp32 without tensor cores, fp8 (twice bf16 where there are such units). None, or no entry: no such unit, or no figure
+# with a source. A name that matches no row gives no MFU.
 PEAK_TFLOPS = (
-    (r"NVIDIA (GH200.*|H200|H100 80GB HBM3)", {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 66.9}),
-    (r"NVIDIA H100 PCIe", {"bf16": 756.0, "fp16": 756.0, "tf32": 378.0, "fp32": None}),
-    (r"NVIDIA H100 NVL", {"bf16": 835.0, "fp16": 835.0, "tf32": 417.5, "fp32": None}),
-    (r"NVIDIA B200", {"bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0, "fp32": None}),
+    (
+        r"NVIDIA (GH200.*|H200|H100 80GB HBM3)",
+        {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 66.9, "fp8": 1978.8},
+    ),
+    (r"NVIDIA H100 PCIe", {"bf16": 756.0, "fp16": 756.0, "tf32": 378.0, "fp32": None, "fp8": 1512.0}),
+    (r"NVIDIA H100 NVL", {"bf16": 835.0, "fp16": 835.0, "tf32": 417.5, "fp32": None, "fp8": 1670.0}),
+    (r"NVIDIA B200", {"bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0, "fp32": None, "fp8": 4500.0}),
     (r"(NVIDIA )?A100.*", {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}),
     (r"NVIDIA A40", {"bf16": 149.7, "fp16": 149.7, "tf32": 74.8, "fp32": 37.4}),
     (r"NVIDIA A30", {"bf16": 165.0, "fp16": 165.0, "tf32": 82.5, "fp32": None}),
-    (r"NVIDIA L40S", {"bf16": 362.0, "fp16": 362.0, "tf32": 181.0, "fp32": None}),
-    (r"NVIDIA L4", {"bf16": 121.0, "fp16": 121.0, "tf32": 60.5, "fp32": None}),
+    (r"NVIDIA L40S", {"bf16": 362.0, "fp16": 362.0, "tf32": 181.0, "fp32": None, "fp8": 724.0}),
+    (r"NVIDIA L4", {"bf16": 121.0, "fp16": 121.0, "tf32": 60.5, "fp32": None, "fp8": 242.0}),
     (r"NVIDIA RTX A6000", {"bf16": 154.8, "fp16": 154.8, "tf32": 77.4, "fp32": None}),
     (r"NVIDIA GeForce RTX 3090", {"bf16": 71.0, "fp16": 71.0, "tf32": 35.5, "fp32": None}),
-    (r"NVIDIA GeForce RTX 4090", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": None}),
-    (r"NVIDIA GeForce RTX 5090", {"bf16": 209.5, "fp16": 209.5, "tf32": 104.75, "fp32": None}),
+    (r"NVIDIA GeForce RTX 4090", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": None, "fp8": 330.4}),
+    (r"NVIDIA GeForce RTX 5090", {"bf16": 209.5, "fp16": 209.5, "tf32": 104.75, "fp32": None, "fp8": 419.0}),
     (r"(NVIDIA |Tesla )V100.*SXM.*", {"bf16": None, "fp16": 125.0, "tf32": None, "fp32": 15.7}),
     (r"(NVIDIA |Tesla )V100.*PCIE.*", {"bf16": None, "fp16": 112.0, "tf32": None, "fp32": None}),
     (r"(NVIDIA |Tesla )T4", {"bf16": None, "fp16": 65.0, "tf32": None, "fp32": 8.1}),
@@ -188,12 +192,12 @@ PEAK_TFLOPS = (
 
 
 def peak_tflops(name: str, precision: str) -> float | None:
-    """This GPU's dense peak in TFLOP/s for fp32, tf32, bf16 or fp16; None where it is not known (a CPU, MIG slices)."""
+    """This GPU's dense peak in TFLOP/s for fp32, tf32, bf16, fp16 or fp8; None where unknown (a CPU, MIG slices)."""
     if "MIG" in name:
         return None
     for pattern, rates in PEAK_TFLOPS:
         if re.fullmatch(pattern, name):
-            return rates[precision]
+            return rates.get(precision)
     return None
 
 

@@ -1,0 +1,377 @@
+"""From which width on FP8 pays: matrix products, linear layers and whole blocks, in bf16 and in FP8, time and memory.
+
+    python fp8_benchmark.py                                              everything; some six minutes on an H100
+    python fp8_benchmark.py --questions layers --widths 768,4096 --recipes tensorwise
+
+Three questions, each a table and rows of outputs/fp8/<run_name>/results.csv:
+
+products  the three products of a linear layer's training step, operands already in 8 bits: what the tensor cores can do
+layers    the same layer as it trains (compiled, forward and backward): the casts, and the passes that look for the
+          largest value, are inside. layer - products is what FP8 costs; at small widths it is more than it gains
+blocks    a whole block of each of the lab's models, attention and norms included, which FP8 does not touch
+
+Why there is a break-even width: the products take tokens x in x out operations and the casts pass over tokens x in,
+in x out and tokens x out numbers, so the gain grows with the width and the cost's share falls. Memory stands beside
+speed because FP8 training saves none of it: each layer keeps its 16-bit input (and recomputes the 8-bit one).
+
+Every FP8 result is compared with bf16's against fp32 before it is timed. Without a GPU of compute capability 8.9 there
+is nothing to measure. Sources: torchao.float8 and its tables for H100
+(https://docs.pytorch.org/ao/stable/workflows/training.html); Micikevicius et al. 2022, arXiv 2209.05433.
+"""
+
+import csv
+import gc
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from precision import FP8_RECIPES, autocast, convert_to_fp8, fp8_unsupported_reason, set_precision
+from run_folder import RunFolder, describe_environment, now
+from technique_bench import Cost, measure, relative_error
+from transformer_based_llm import MODEL_SIZES, TransformerLM, model_config
+from utils import SettingsError, parse_settings, peak_tflops, run_script, setting
+
+QUESTIONS = ("products", "layers", "blocks")
+SHAPES = (("square", 1, 1), ("expand", 1, 4), ("contract", 4, 1))  # name, inputs and outputs in widths
+LARGEST_ERROR = 0.25  # of output and gradients against fp32; 4 bits of mantissa round by some per cent
+COLUMNS = (
+    "question", "name", "width", "tokens", "inputs", "outputs", "variant", "status", "ms", "ms_p20", "ms_p80", "n",
+    "tflops", "speedup", "kept_gib", "peak_gib", "error",
+)  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """Settings of `python fp8_benchmark.py`."""
+
+    questions: str = setting("products,layers,blocks", "which tables, of " + ", ".join(QUESTIONS))
+    widths: str = setting(
+        "512,768,1024,1536,2048,3072,4096,8192", "widths of products and layers, each a multiple of 16"
+    )
+    tokens: str = setting("4096,32768", "tokens in a batch of products and layers, each a multiple of 16")
+    recipes: str = setting(",".join(FP8_RECIPES), "of torchao, compared with bf16")
+    models: str = setting(
+        "gpt2,gpt2-medium,gpt2-large,gpt2-xl,llama-1b,llama-8b", "model sizes whose block is measured"
+    )
+    block_tokens: int = setting(16384, "tokens in a batch of the blocks")
+    attention_backend: str = setting("sdpa_cudnn", "attention kernel of the blocks")
+    repeats: int = setting(20, "timed steps of each row")
+    output_folder: str = setting("outputs", "folder of all results")
+    experiment: str = setting("fp8", "folder of this experiment's runs")
+    run_name: str = setting("benchmark", "folder of this run; -2, -3, ... if it is there")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The operations
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def scaled(values: torch.Tensor, dtype: torch.dtype, rowwise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix (rows, columns) in 8 bits and the fp32 scale that turns it back: one number, or (rows, 1)."""
+    largest = values.abs().amax(dim=1, keepdim=True) if rowwise else values.abs().amax()
+    scale = largest.float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (values.float() / scale).to(dtype), scale
+
+
+def scaled_product(left: torch.Tensor, right: torch.Tensor, recipe: str, role: str) -> Callable[[], torch.Tensor]:
+    """left (rows, inner) @ right (inner, columns) in FP8, operands cast and laid out beforehand.
+
+    Args:
+        role: output, grad_input or grad_weight: tensorwise has gradients (the left operand of the last two) in e5m2,
+            and only the first accumulates fast, as in torchao's recipes.
+    """
+    rowwise = recipe != "tensorwise"
+    gradient = torch.float8_e4m3fn if rowwise or role == "output" else torch.float8_e5m2
+    a, scale_a = scaled(left, gradient, rowwise)
+    b, scale_b = scaled(right.T.contiguous(), torch.float8_e4m3fn, rowwise)  # (columns, inner), columns of `right`
+    scale_b = scale_b.T.contiguous() if rowwise else scale_b
+    fast = role == "output" or rowwise
+    return lambda: torch._scaled_mm(a, b.T, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+def three_products(tokens: int, inputs: int, outputs: int, variant: str) -> Callable[[], None]:
+    """The products of a linear layer's step, random numbers, without any cast: output, both gradients."""
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    hidden, weight = torch.randn(tokens, inputs, **options), torch.randn(outputs, inputs, **options)
+    gradient = torch.randn(tokens, outputs, **options)
+    operands = {
+        "output": (hidden, weight.T),
+        "grad_input": (gradient, weight),
+        "grad_weight": (gradient.T.contiguous(), hidden),
+    }
+    products: list[Callable[[], torch.Tensor]] = []
+    for role, (left, right) in operands.items():
+        if variant == "bf16" or (variant == "rowwise_with_gw_hp" and role == "grad_weight"):
+            if role == "grad_weight":
+                left = gradient.T  # the layout in which autograd has it
+            products.append(lambda left=left, right=right: left @ right)
+        else:
+            products.append(scaled_product(left, right, variant, role))
+
+    def step() -> None:
+        for product in products:
+            product()
+
+    return step
+
+
+class Step:
+    """Forward and backward pass of a module on fixed numbers, compiled, in bf16 or with its linear layers in FP8.
+
+    Args:
+        module: on the GPU with fp32 parameters; converted in place.
+        shape: of its input, the last axis is the width.
+        dtype: of its input, as the model hands it over (the reference gets the same numbers in fp32).
+    """
+
+    def __init__(self, module: nn.Module, shape: tuple[int, ...], variant: str, dtype: torch.dtype):
+        generator = torch.Generator("cuda").manual_seed(1)
+        self.inputs = torch.randn(shape, device="cuda", generator=generator).to(dtype)
+        self.inputs = (self.inputs.float() if variant == "fp32" else self.inputs).requires_grad_()
+        self.module, self.variant = module, variant
+        if variant in FP8_RECIPES:
+            holder = nn.ModuleList([module])  # torchao swaps layers inside a module
+            convert_to_fp8(holder, variant)
+            self.module = holder[0]
+        self.run = torch.compile(self.module, fullgraph=True) if variant != "fp32" else self.module
+        with torch.no_grad():
+            self.gradient = torch.randn(self.forward().shape, device="cuda", generator=generator) / shape[-1] ** 0.5
+
+    def forward(self) -> torch.Tensor:
+        with autocast("fp32" if self.variant == "fp32" else "bf16", self.inputs.device):
+            return self.run(self.inputs)
+
+    def __call__(self) -> None:
+        output = self.forward()
+        output.backward(self.gradient.to(output.dtype))
+        self.inputs.grad = None
+        self.module.zero_grad(set_to_none=True)
+
+    def results(self) -> list[torch.Tensor]:
+        """The output, and the gradients of input and parameters, on the GPU."""
+        output = self.forward()
+        output.backward(self.gradient.to(output.dtype))
+        found = [output.detach(), self.inputs.grad, *(p.grad for p in self.module.parameters())]
+        self.inputs.grad = None
+        self.module.zero_grad(set_to_none=True)
+        return found
+
+    def kept_gib(self) -> float:
+        """GiB that the forward pass leaves for the backward pass (without its own output)."""
+        before = torch.cuda.memory_allocated()
+        output = self.forward()  # lives as long as its graph does
+        held = torch.cuda.memory_allocated() - before - output.numel() * output.element_size()
+        return held / 2**30
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The tables
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Benchmark:
+    """Collects rows; each is printed and appended to results.csv as soon as it is there."""
+
+    settings: Settings
+    run: RunFolder
+    device: torch.device
+    rows: list[dict[str, Any]]
+
+    def add(self, cost: Cost, *, flop: float, variant: str, **facts: Any) -> None:
+        """One row; `speedup` is against the bf16 row of the same facts."""
+        same = {key: facts[key] for key in ("question", "name", "tokens")}
+        base = next((r for r in self.rows if r["variant"] == "bf16" and same.items() <= r.items()), None)
+        ok = cost.status == "ok"
+        row: dict[str, Any] = dict.fromkeys(COLUMNS) | facts
+        row |= {"variant": variant, "status": cost.status, "ms": cost.ms, "ms_p20": cost.ms_p20, "ms_p80": cost.ms_p80}
+        row |= {"n": cost.n, "peak_gib": cost.peak_gib if facts["question"] != "products" else None}
+        row["tflops"] = round(flop / cost.ms / 1e9, 1) if ok else None
+        row["speedup"] = round(base["ms"] / cost.ms, 4) if ok and base is not None and base["ms"] else None
+        self.rows.append(row)
+        with (self.run.path / "results.csv").open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if len(self.rows) == 1:
+                writer.writeheader()
+            writer.writerow(row)
+
+        def shown(value: float | None, style: str) -> str:
+            return "-" if value is None else format(value, style)
+
+        sizes = f"{row['tokens']:>7}{row['inputs'] or '':>7}{row['outputs'] or '':>7}"
+        time = f"{shown(row['ms'], '.3f') if ok else cost.status:>9} ms{shown(row['tflops'], '.0f'):>6} TFLOP/s"
+        memory = f"{shown(row['kept_gib'], '.3f'):>8}{shown(row['peak_gib'], '.3f'):>8} GiB"
+        tqdm.write(
+            f"{row['question']:<9}{row['name']:<12}{sizes}  {variant:<19}{time}{shown(row['speedup'], '.2f'):>6} x"
+            f"{memory}{shown(row['error'], '.1e'):>9}"
+        )
+
+    def measure(self, step: Callable[[], None]) -> Cost:
+        return measure(step, self.device, repeats=self.settings.repeats, warm_up=3, compiled=True)
+
+    def products(self, name: str, width: int, tokens: int, inputs: int, outputs: int, variant: str) -> None:
+        cost = self.measure(three_products(tokens, inputs, outputs, variant))
+        facts = {"name": name, "width": width, "tokens": tokens, "inputs": inputs, "outputs": outputs}
+        self.add(cost, question="products", flop=6 * tokens * inputs * outputs, variant=variant, **facts)
+
+    def module(
+        self, question: str, build: Callable[[], nn.Module], shape: tuple[int, ...], flop: float, **facts: Any
+    ) -> None:
+        """Rows of one module: fp32 for reference (not timed), bf16 and every recipe, checked and timed."""
+        exact: list[torch.Tensor] = []
+        for variant in ("fp32", "bf16", *split(self.settings.recipes)):
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.manual_seed(0)
+            step = Step(build(), shape, variant, torch.bfloat16 if question == "layers" else torch.float32)
+            if variant == "fp32":
+                exact = step.results()
+                del step
+                continue
+            error = relative_error(step.results(), exact)
+            same = error < LARGEST_ERROR  # what computes another function gets no time
+            cost, kept = (self.measure(step), step.kept_gib()) if same else (Cost("error"), 0.0)
+            seen = {"kept_gib": round(kept, 5) if same else None, "error": float(f"{error:.3g}")}
+            self.add(cost, question=question, flop=flop, variant=variant, **facts, **seen)
+            del step
+
+
+def split(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    """ "768,1024" as rising multiples of 16."""
+    try:
+        values = sorted({int(word) for word in split(text)})
+    except ValueError:
+        values = []
+    if not values or values[0] < 16 or any(value % 16 for value in values):
+        raise SettingsError(f"--{flag} {text} must be multiples of 16, such as 768,1024")
+    return values
+
+
+def block_of(size: str, attention_backend: str) -> tuple[Callable[[], nn.Module], int, int, float]:
+    """A block of a model size: how to build it on the GPU, its width, its context, and its FLOPs a token.
+
+    The models of the lab with a context of 256 get 1024, GPT-2's own.
+    """
+    context = max(MODEL_SIZES[size]["context_length"], 1024)
+    overrides = {"num_layers": 1, "context_length": context, "vocab_size": 16, "attention_backend": attention_backend}
+    config = model_config(size, **overrides)
+
+    def build() -> nn.Module:
+        with torch.device("cuda"):
+            return TransformerLM(config).blocks[0]
+
+    with torch.device("meta"):
+        block = TransformerLM(config).blocks[0]
+    products = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
+    return build, config.embedding_dim, context, 6 * products + 12 * config.embedding_dim * context
+
+
+def break_even(rows: Iterable[dict[str, Any]], question: str) -> list[dict[str, Any]]:
+    """For each name, number of tokens and recipe: from which width on FP8 was faster at every width measured.
+
+    `slower_at` is the largest width at which it was not, `faster_from` the next one; null where there is none.
+    """
+    groups: dict[tuple, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["question"] == question and row["variant"] in FP8_RECIPES and row["speedup"] is not None:
+            name = row["name"] if question != "blocks" else "block"
+            groups.setdefault((name, row["tokens"], row["variant"]), []).append((row["width"], row["speedup"]))
+    answers = []
+    for (name, tokens, recipe), points in groups.items():
+        points.sort()
+        lost = [width for width, speedup in points if speedup <= 1]
+        won = [width for width, speedup in points if not lost or width > lost[-1]]
+        answers.append(
+            {
+                "question": question,
+                "name": name,
+                "tokens": tokens,
+                "recipe": recipe,
+                "slower_at": lost[-1] if lost else None,
+                "faster_from": won[0] if won else None,
+            }
+        )
+    return answers
+
+
+def check(settings: Settings, device: torch.device) -> None:
+    """Raise a SettingsError for wrong settings, or where FP8 cannot run."""
+    for flag, known in (("questions", QUESTIONS), ("recipes", FP8_RECIPES), ("models", MODEL_SIZES)):
+        given = split(getattr(settings, flag))
+        if not given or any(word not in known for word in given):
+            raise SettingsError(f"--{flag} {getattr(settings, flag)} must be some of {', '.join(known)}")
+    numbers(settings.widths, "widths")
+    numbers(settings.tokens, "tokens")
+    if settings.repeats < 1:
+        raise SettingsError(f"--repeats must be at least 1, not {settings.repeats}")
+    if settings.block_tokens < 4096 or settings.block_tokens % 4096:
+        raise SettingsError(f"--block_tokens {settings.block_tokens} must be a multiple of 4096, the longest context")
+    reason = fp8_unsupported_reason(device, compiled=True, emulated=False)
+    if reason is not None:
+        raise SettingsError(f"nothing to measure: {reason.split('; take --precision')[0]}")
+
+
+def main() -> int:
+    """Measure what --questions asks for, print the tables and the break-even widths, leave a run folder."""
+    settings = parse_settings(Settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check(settings, device)
+    set_precision("fp32", device)  # the reference is fp32 and not TF32
+    questions = split(settings.questions)
+    run = RunFolder.create(settings.output_folder, settings.experiment, settings.run_name, unique=True)
+    run.update(
+        status="running",
+        experiment=settings.experiment,
+        run_name=run.path.name,
+        **describe_environment(device),
+        settings=asdict(settings),
+        peak_tflops={kind: peak_tflops(torch.cuda.get_device_name(device), kind) for kind in ("bf16", "fp8")},
+    )
+    bench = Benchmark(settings, run, device, [])
+    shapes = [
+        (name, width, tokens, width * inputs, width * outputs)
+        for name, inputs, outputs in SHAPES
+        for tokens in numbers(settings.tokens, "tokens")
+        for width in numbers(settings.widths, "widths")
+    ]
+    jobs: list[Callable[[], None]] = []
+    if "products" in questions:
+        for shape in shapes:
+            jobs += [lambda s=shape, v=v: bench.products(*s, v) for v in ("bf16", *split(settings.recipes))]
+    if "layers" in questions:
+        for name, width, tokens, inputs, outputs in shapes:
+            facts = {"name": name, "width": width, "tokens": tokens, "inputs": inputs, "outputs": outputs}
+            build = lambda i=inputs, o=outputs: nn.Linear(i, o, bias=False, device="cuda")  # noqa: E731
+            flop = 6 * tokens * inputs * outputs
+            jobs.append(lambda b=build, s=(tokens, inputs), f=flop, k=facts: bench.module("layers", b, s, f, **k))
+    if "blocks" in questions:
+        for size in split(settings.models):
+            build, width, context, flop = block_of(size, settings.attention_backend)
+            shape = (settings.block_tokens // context, context, width)
+            facts = {"name": size, "width": width, "tokens": settings.block_tokens}
+            flop *= settings.block_tokens
+            jobs.append(lambda b=build, s=shape, f=flop, k=facts: bench.module("blocks", b, s, f, **k))
+    for job in tqdm(jobs, desc="measuring", leave=False):
+        job()
+    answers = [answer for question in questions for answer in break_even(bench.rows, question)]
+    for answer in answers:
+        lost, won = answer["slower_at"], answer["faster_from"]
+        words = "never faster" if won is None else f"faster from width {won}" + (f", not at {lost}" if lost else "")
+        print(f"{answer['question']} {answer['name']}, {answer['tokens']} tokens, {answer['recipe']}: {words}")
+    run.update(status="ok", results={"rows": len(bench.rows), "break_even": answers}, finished_at=now())
+    print(json.dumps({"run": str(run.path), "status": "ok", "rows": len(bench.rows)}))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
