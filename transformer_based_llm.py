@@ -11,8 +11,8 @@ the token embedding and has no bias, the four attention projections have no bias
 `llama` (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288) has RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467),
 rotary positions in every layer (Su et al. 2021, arXiv 2104.09864), fewer heads of keys and values than of queries (GQA:
 Ainslie et al. 2023, arXiv 2305.13245), a SwiGLU MLP (Shazeer 2020, arXiv 2002.05202) and no biases. llama-8b is the
-model of ETH's course Large-Scale AI Engineering (8,053,329,920 parameters with its vocabulary of 131,072); llama-1b
-keeps its heads of 128, four of queries to one of keys, and fits one card.
+model of ETH's course Large-Scale AI Engineering (8,053,329,920 parameters with its vocabulary of 131,072). Two of about
+1.1 G fit one card: llama-1b is 16 narrower blocks with heads of the same size, llama-1b-wide is four of its 32 blocks.
 
 Attention, precision and checkpointing are the lab's techniques and live in files of their own.
 """
@@ -90,6 +90,15 @@ MODEL_SIZES = {
         "num_heads": 16,
         "num_kv_heads": 4,
         "mlp_dim": 8192,
+        "context_length": 4096,
+        "vocab_size": 32000,
+    },
+    "llama-1b-wide": {
+        "num_layers": 4,
+        "embedding_dim": 4096,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "mlp_dim": 14336,
         "context_length": 4096,
         "vocab_size": 32000,
     },
