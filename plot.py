@@ -6,8 +6,10 @@ Memory is in GiB (2^30 bytes). Every figure names device, precision, batch size,
     python plot.py outputs/llm/fp16-batch-125               # that run: loss_curve.png, memory_per_phase.png, ...
     python plot.py outputs/llm/RUN_A outputs/llm/RUN_B --output_folder outputs/llm     # compare these two
     python plot.py outputs/llm                              # compare every run folder inside, in name order
+    python plot.py --config plot_configs/flash_attention.yaml                          # what that file says
 
-Prints the paths it wrote; a missing or broken run folder is one sentence on standard error and exit status 2.
+Prints the paths it wrote; a missing or broken run folder or file is one sentence on standard error and exit status 2.
+figure_parts.py holds what figures share, plot_config.py the figures that a YAML file describes.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from figure_parts import (
     setting,
     short,
 )
+from plot_config import plot_config
 from run_results import Run, RunFolderError, find_runs, read_run
 from utils import SettingsError
 
@@ -254,11 +257,19 @@ def plot_text_lengths(token_counts: Sequence[int], path: Path, title: str) -> Pa
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 after an error sentence on standard error, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of run folders")
-    parser.add_argument("--output_folder", type=Path, help="where a comparison goes (default: the runs' common folder)")
+    parser.add_argument("folders", nargs="*", type=Path, help="run folders, or folders of run folders")
+    parser.add_argument("--config", type=Path, help="a YAML file that says which runs and which figures (plot_configs)")
+    parser.add_argument(
+        "--output_folder", type=Path, help="where a comparison goes (default: the runs' common folder, or the file's)"
+    )
     options = parser.parse_args(arguments)
     try:
-        paths = plot_folders(options.folders, options.output_folder)
+        if bool(options.folders) == bool(options.config):
+            raise SettingsError("name either run folders or, with --config, a YAML file that names them")
+        if options.config:
+            paths = plot_config(options.config, options.output_folder)
+        else:
+            paths = plot_folders(options.folders, options.output_folder)
     except (SettingsError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2
