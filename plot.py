@@ -6,29 +6,42 @@ Memory is in GiB (2^30 bytes). Every figure names device, precision, batch size,
     python plot.py outputs/llm/fp16-batch-125               # that run: loss_curve.png, memory_per_phase.png, ...
     python plot.py outputs/llm/RUN_A outputs/llm/RUN_B --output_folder outputs/llm     # compare these two
     python plot.py outputs/llm                              # compare every run folder inside, in name order
+    python plot.py --config plot_configs/flash_attention.yaml                          # what that file says
 
-Prints the paths it wrote; a missing or broken run folder is one sentence on standard error and exit status 2.
+Prints the paths it wrote; a missing or broken run folder or file is one sentence on standard error and exit status 2.
+figure_parts.py holds what figures share, plot_config.py the figures that a YAML file describes.
 """
 
 import argparse
-import math
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot: a bare Figure saves PNG files with Agg and leaves no global state
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
+from figure_parts import (
+    BLUE,
+    GREEN,
+    GREY,
+    HEIGHT_INCHES,
+    ORANGE,
+    RED,
+    caption,
+    draw_bars,
+    new_figure,
+    result,
+    run_figure,
+    save,
+    setting,
+    short,
+)
+from plot_config import plot_config
 from run_results import Run, RunFolderError, find_runs, read_run
+from utils import SettingsError
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; markers, hatching and labels repeat what they say.
-BLUE, ORANGE, RED, GREEN, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#808080"
-LINE_COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#8C6D1F", GREY, "black")
-WIDTH_INCHES, HEIGHT_INCHES, DPI = 10.7, 5.4, 150  # 1605 x 810 pixels
 SMOOTH_FROM_STEPS = 60  # shorter training runs get no smoothed line
 
 # The comparison of several runs: file -> title, (key, unit) of n, panels of (x axis label, keys of run.json's results).
@@ -53,81 +66,6 @@ COMPARISONS = {
         [("peak memory (GiB)", ["peak_allocated_gib", "peak_reserved_gib"])],
     ),
 }
-
-
-# ---------------------------------------------------------------------------------------- values and captions
-
-
-def result(run: Run, key: str) -> float | None:
-    """One number of run.json's results, or None if it was not measured."""
-    return (run.info.get("results") or {}).get(key)
-
-
-def setting(run: Run, key: str) -> object:
-    """What a setting came to be in this run, or None: a result (the batch size that ran) before what run.json states
-    (precision, model) before the setting as it was given."""
-    found = (result(run, key), run.info.get(key), run.info.get("model"), run.info.get("settings"))
-    for value in found:
-        value = value.get(key) if isinstance(value, dict) else value
-        if value is not None:
-            return value
-    return None
-
-
-def caption(runs: Sequence[Run], counts: Sequence[float | None], unit: str) -> str:
-    """Device, precision, batch size, context length, data set and n: what a reader needs to judge the numbers."""
-
-    def listed(prefix: str, values: Sequence[object]) -> list[str]:
-        different = list(dict.fromkeys(str(value) for value in values if value is not None))
-        return [prefix + ", ".join(different[:5] + ["..."] * (len(different) > 5))] if different else []
-
-    datasets = [run.info.get("dataset") or {} for run in runs]
-    names = [d.get("description") if d.get("name") == "local files" else d.get("name") for d in datasets]
-    names = [f"{name} (generated)" if d.get("generated") else name for name, d in zip(names, datasets, strict=True)]
-    facts = listed("", [run.info.get("device_name") for run in runs])
-    facts += listed("", [setting(run, "precision") for run in runs])
-    facts += listed("batch ", [setting(run, "batch_size") for run in runs])
-    facts += listed("context ", [setting(run, "context_length") for run in runs])
-    facts += listed("data: ", names)
-    known = [int(count) for count in counts if count]
-    if known:
-        low, high = min(known), max(known)
-        facts.append(f"n = {low:,} {unit}" if low == high else f"n = {low:,} to {high:,} {unit}")
-    return " | ".join(facts)
-
-
-def short(value: float) -> str:
-    """A value for a label: four significant digits, three below 1, and never 1e+04."""
-    digits = 4 if abs(value) >= 1 else 3
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".")
-
-
-def new_figure(title: str, subtitle: str, panels: int = 1, height: float = HEIGHT_INCHES) -> tuple[Figure, list[Axes]]:
-    """A figure with a title, a wrapped subtitle and `panels` axes side by side that share their y axis."""
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout="constrained")
-    glued = subtitle.replace(" ", "\u00a0").replace("\u00a0|\u00a0", " | ")  # so that lines break at a | only
-    lines = [*textwrap.wrap(title, 130), *textwrap.wrap(glued, 130, break_on_hyphens=False)]
-    lines = [line.strip(" |") for line in lines]
-    figure.suptitle("\n".join(lines).replace("\u00a0", " "), fontsize=10.5, x=0.01, ha="left")
-    axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set_axisbelow(True)
-        ax.grid(alpha=0.25)
-    return figure, axes
-
-
-def run_figure(what: str, run: Run, count: int, unit: str) -> tuple[Figure, Axes]:
-    """A figure of one run; without rows to draw (count 0) a cross and the status, so that no old figure survives."""
-    status = run.info.get("status", "unknown")
-    title = f"{what}: {run.name}" + ("" if status == "ok" else f" (status: {status})")
-    figure, (ax,) = new_figure(title, caption([run], [count], unit))
-    if count == 0:
-        ax.plot([0.5], [0.6], "x", color=RED, markersize=16, markeredgewidth=3, transform=ax.transAxes)
-        text = f"nothing was recorded; the run's status is {status}"
-        ax.text(0.5, 0.47, text, transform=ax.transAxes, ha="center", fontsize=11)
-        ax.set(xticks=[], yticks=[])
-    return figure, ax
 
 
 # ------------------------------------------------------------------------------------------ figures of one run
@@ -247,47 +185,6 @@ def plot_run(folder: Path) -> list[Path]:
 # --------------------------------------------------------------------------------------- figures of several runs
 
 
-def draw_bars(ax: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
-    """Horizontal bars of run.json's results, one row a run from top to bottom, one bar for each of one or two keys.
-
-    A `..._median` gets a line from its `..._p20` to its `..._p80`. A run with a status other than ok is a cross, even
-    if some of its results are known.
-    """
-    height = 0.72 / len(keys)
-    across = ax.get_yaxis_transform()  # x as a fraction of the axes, y in data
-    end = 0.0
-    for row, run in enumerate(runs):
-        status = run.info.get("status", "unknown")
-        if status != "ok":
-            ax.plot([0.025], [row], "x", color=RED, markersize=8, markeredgewidth=2.4, transform=across)
-            ax.annotate(
-                status, (0.025, row), (9, 0), across, textcoords="offset points", color=RED, va="center", fontsize=9
-            )
-            continue
-        for index, key in enumerate(keys):
-            y = row + (index - (len(keys) - 1) / 2) * height
-            value = result(run, key)
-            if value is None or not math.isfinite(value):
-                text = f"{key}: " + ("not recorded" if value is None else str(value))
-                ax.text(0.01, y, text, color=GREY, va="center", fontsize=9, transform=across)
-                continue
-            ax.barh(y, value, height=0.94 * height, color=(BLUE, ORANGE)[index])
-            label_at = value
-            spread = [result(run, key.replace("_median", percentile)) for percentile in ("_p20", "_p80")]
-            if key.endswith("_median") and None not in spread:
-                ax.plot(spread, [y, y], "|-", color="black", linewidth=1.6, markersize=8)
-                label_at = max(value, spread[1])
-            ax.annotate(short(value), (label_at, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
-            end = max(end, label_at)
-    ax.set_yticks(range(len(runs)), [textwrap.fill(run.name, 44) for run in runs], fontsize=9.5)
-    margin = 0.6 + max(0, 4 - len(runs)) / 2  # a single bar need not fill the figure
-    ax.set_ylim(len(runs) - 1 + margin, -margin)  # the first run on top
-    ax.set_xlim(0, 1.18 * end or 1.0)
-    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    ax.grid(visible=False, axis="y")
-
-
 def comparison_figure(runs: Sequence[Run], file_name: str) -> Figure:
     """The figure of COMPARISONS with that file name: one row a run in the order given."""
     title, (count_key, unit), panels = COMPARISONS[file_name]
@@ -312,7 +209,17 @@ def plot_runs(folders: list[Path], output_folder: Path) -> list[Path]:
     return [save(comparison_figure(runs, name), Path(output_folder) / name) for name in COMPARISONS]
 
 
-# --------------------------------------------------------------------------- text lengths, saving, command line
+def plot_folders(folders: list[Path], output_folder: Path | None) -> list[Path]:
+    """The figures of the one run that is named, or the comparison of all runs in these folders; the paths written."""
+    runs = [run for folder in folders for run in find_runs(folder)]
+    if len(runs) == 1 and runs == folders and output_folder is None:
+        return plot_run(runs[0])
+    if output_folder is None and len({run.resolve().parent for run in runs}) > 1:
+        raise RunFolderError("the runs lie in different folders; say where to draw with --output_folder")
+    return plot_runs(runs, output_folder or runs[0].parent)
+
+
+# --------------------------------------------------------------------------- text lengths, command line
 
 
 def text_lengths_figure(token_counts: Sequence[int], title: str) -> Figure:
@@ -347,29 +254,23 @@ def plot_text_lengths(token_counts: Sequence[int], path: Path, title: str) -> Pa
     return save(text_lengths_figure(token_counts, title), Path(path))
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG file, making its folder if needed, and return the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    return path
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 after an error sentence on standard error, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of run folders")
-    parser.add_argument("--output_folder", type=Path, help="where a comparison goes (default: the runs' common folder)")
+    parser.add_argument("folders", nargs="*", type=Path, help="run folders, or folders of run folders")
+    parser.add_argument("--config", type=Path, help="a YAML file that says which runs and which figures (plot_configs)")
+    parser.add_argument(
+        "--output_folder", type=Path, help="where a comparison goes (default: the runs' common folder, or the file's)"
+    )
     options = parser.parse_args(arguments)
     try:
-        folders = [run for folder in options.folders for run in find_runs(folder)]
-        parents = {folder.resolve().parent for folder in folders}
-        if len(folders) == 1 and folders == options.folders and options.output_folder is None:
-            paths = plot_run(folders[0])
-        elif options.output_folder is None and len(parents) > 1:
-            raise RunFolderError("the runs lie in different folders; say where to draw with --output_folder")
+        if bool(options.folders) == bool(options.config):
+            raise SettingsError("name either run folders or, with --config, a YAML file that names them")
+        if options.config:
+            paths = plot_config(options.config, options.output_folder)
         else:
-            paths = plot_runs(folders, options.output_folder or folders[0].parent)
-    except (RunFolderError, OSError) as error:
+            paths = plot_folders(options.folders, options.output_folder)
+    except (SettingsError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2
     print(*paths, sep="\n")

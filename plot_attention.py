@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from plot import BLUE, DPI, GREEN, GREY, ORANGE, RED, WIDTH_INCHES, save
+from figure_parts import BLUE, DPI, GREEN, GREY, ORANGE, RED, WIDTH_INCHES, save
 from run_results import RunFolderError
 
 # One look a kernel in every figure; the markers repeat what the colours say.

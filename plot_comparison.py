@@ -24,20 +24,30 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 import report_comparison as tables
-from plot import BLUE, GREEN, GREY, ORANGE, RED, draw_bars, new_figure, save, short
-from plot_comparison_parts import (
+from figure_parts import (
     BLACK,
-    BROWN,
-    COLOURS,
+    BLUE,
     CROSS,
-    MARKERS,
+    GREEN,
+    GREY,
+    ORANGE,
     PURPLE,
+    RED,
     SKY,
-    WINE,
     YELLOW,
-    as_runs,
+    draw_bars,
     draw_cross,
     legend_below,
+    new_figure,
+    save,
+    short,
+)
+from plot_comparison_parts import (
+    BROWN,
+    COLOURS,
+    MARKERS,
+    WINE,
+    as_runs,
     name_lines,
     place_labels,
     plain_logarithm,

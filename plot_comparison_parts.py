@@ -12,15 +12,13 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from plot import BLUE, GREEN, GREY, HEIGHT_INCHES, ORANGE, RED, caption, new_figure
+from figure_parts import BLACK, BLUE, GREEN, GREY, HEIGHT_INCHES, ORANGE, PURPLE, SKY, caption, new_figure
 from report_comparison import Case
 from run_results import Run
 
-SKY, PURPLE, YELLOW, BLACK = "#56B4E9", "#CC79A7", "#F0E442", "#000000"  # the rest of Okabe and Ito's colours
 BROWN, WINE = "#7F4F24", "#882255"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK, GREY, BROWN, WINE)
 MARKERS = "osD^vP<>p*"
-CROSS = {"marker": "x", "color": RED, "markersize": 8, "markeredgewidth": 2.4, "linestyle": "none"}
 
 
 def as_runs(cases: Sequence[Case]) -> list[Run]:
@@ -44,20 +42,6 @@ def rows_figure(
         ax.set_ylim(len(names) - 0.4, -0.6)
         ax.grid(visible=False, axis="y")
     return figure, axes
-
-
-def draw_cross(ax: Axes, row: float, status: str) -> None:
-    """A red cross with the status at the left end of a row."""
-    across = ax.get_yaxis_transform()
-    ax.plot([0.02], [row], transform=across, **CROSS)
-    ax.annotate(status, (0.02, row), (9, 0), across, textcoords="offset points", color=RED, va="center", fontsize=9)
-
-
-def legend_below(figure: Figure, columns: int, handles: list | None = None) -> None:
-    extra = {} if handles is None else {"handles": handles}
-    labels = [handle.get_label() for handle in handles or figure.axes[0].get_legend_handles_labels()[0]]
-    columns = min(columns, max(1, 130 // (8 + max(map(len, labels), default=1))))  # about 130 characters fit
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False, **extra)
 
 
 def plain_logarithm(axis: object) -> None:

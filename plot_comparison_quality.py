@@ -11,12 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 import report_comparison as tables
-from plot import BLUE, GREY, ORANGE, new_figure, short
+from figure_parts import BLACK, BLUE, CROSS, GREY, ORANGE, draw_cross, legend_below, new_figure, short
 from plot_comparison_parts import (
-    BLACK,
-    CROSS,
-    draw_cross,
-    legend_below,
     place_labels,
     plain_logarithm,
     rows_figure,

@@ -16,7 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plot import BLUE, DPI, GREEN, GREY, ORANGE, RED, WIDTH_INCHES, caption, memory_figure, new_figure, save
+from figure_parts import BLUE, DPI, GREEN, GREY, ORANGE, RED, WIDTH_INCHES, caption, new_figure, save
+from plot import memory_figure
 from plot_patchtst_studies import (
     SWEEPS,
     break_even_figure,

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from plot import BLUE, DPI, GREEN, GREY, LINE_COLOURS, ORANGE, RED, WIDTH_INCHES, new_figure
+from figure_parts import BLUE, DPI, GREEN, GREY, LINE_COLOURS, ORANGE, RED, WIDTH_INCHES, new_figure
 from run_results import Case, by_prefix, read_run, time_saved
 
 KINDS = {"vanilla": ("textbook attention", BLUE), "flash": ("flash attention", ORANGE), "auto": ("auto", GREEN)}

@@ -18,15 +18,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from plot import BLUE, GREEN, GREY, ORANGE, RED, caption, memory_figure, run_figure, save
+from figure_parts import BLUE, GREEN, GREY, ORANGE, RED, blank_figure, caption, run_figure, save, tidy
+from plot import memory_figure
 from plot_vit_studies import (
     ablation_accuracy,
-    blank_figure,
     cost_figure,
     curves_figure,
     legend_below,
     study_correlation,
-    tidy,
     tokens_accuracy,
     tokens_time,
     weights_figure,

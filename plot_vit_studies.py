@@ -18,8 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-import plot
-from plot import BLUE, GREEN, GREY, LINE_COLOURS, ORANGE, RED, caption, new_figure, short
+from figure_parts import BLUE, GREEN, GREY, LINE_COLOURS, ORANGE, RED, blank_figure, caption, new_figure, short, tidy
 from run_results import Case, Run
 from vit_results import CONTROL, COURSE, random_heads, seed_noise, seeds_of, seen_by_chance, steady_minutes
 
@@ -60,20 +59,6 @@ def mean_curve(epochs: Sequence[dict[str, Any]], key: str) -> tuple[list[int], l
             found.setdefault(row["epoch"], []).append(row[key])
     points = [(epoch, float(np.mean(values))) for epoch, values in sorted(found.items()) if len(values) == len(seeds)]
     return [x for x, _ in points], [y for _, y in points]
-
-
-def blank_figure(title: str, subtitle: str, height: float = plot.HEIGHT_INCHES) -> Figure:
-    """A figure with its title and no axes yet."""
-    figure, (ax,) = new_figure(title, subtitle, height=height)
-    ax.remove()
-    return figure
-
-
-def tidy(ax: Axes) -> Axes:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_axisbelow(True)
-    ax.grid(alpha=0.25)
-    return ax
 
 
 def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:

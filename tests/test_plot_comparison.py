@@ -25,9 +25,8 @@ from test_report_comparison import (
     write_json,
 )
 
-import plot
 import plot_comparison
-from plot import RED
+from figure_parts import RED, new_figure
 from plot_comparison import figures_of, memory_segments, pareto_front
 from plot_comparison_parts import place_labels
 from report_comparison import Case, read_cases
@@ -206,7 +205,7 @@ def test_many_cases_without_a_place_are_counted(outputs):
 
 
 def test_many_crowded_names_do_not_overlap():
-    figure, (ax,) = plot.new_figure("crowded", "", 1, 6.0)
+    figure, (ax,) = new_figure("crowded", "", 1, 6.0)
     points = [(10 + 0.1 * place, 100 + 2.0 * place) for place in range(8)]
     ax.plot(*zip(*points, strict=True), "o")
     ax.set(xlim=(0, 30), ylim=(0, 200))

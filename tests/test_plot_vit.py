@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import plot
+import figure_parts
 import plot_vit
 import plot_vit_studies
 import vit_results
@@ -22,7 +22,7 @@ ABLATION += ("decatt+mixed+flash", "centres")
 
 @pytest.fixture(autouse=True)
 def few_pixels(monkeypatch):
-    monkeypatch.setattr(plot, "DPI", 30)
+    monkeypatch.setattr(figure_parts, "DPI", 30)
 
 
 def correlation(layers: int, heads: int, level: float) -> dict:
