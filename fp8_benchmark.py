@@ -14,8 +14,9 @@ Why there is a break-even width: the products take tokens x in x out operations 
 in x out and tokens x out numbers, so the gain grows with the width and the cost's share falls. Memory stands beside
 speed because FP8 training saves none of it: each layer keeps its 16-bit input (and recomputes the 8-bit one).
 
-Every FP8 result is compared with bf16's against fp32 before it is timed. Without a GPU of compute capability 8.9 there
-is nothing to measure. Sources: torchao.float8 and its tables for H100
+Every result is compared with fp32 before it is timed, and timed as a CUDA graph: a layer alone runs for less time than
+its launches take, which in a compiled model lie hidden behind its neighbours. Without a GPU of compute capability 8.9
+there is nothing to measure. Sources: torchao.float8 and its tables for H100
 (https://docs.pytorch.org/ao/stable/workflows/training.html); Micikevicius et al. 2022, arXiv 2209.05433.
 """
 
@@ -23,13 +24,14 @@ import csv
 import gc
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from cuda_graphs import RecordedStep
 from precision import FP8_RECIPES, autocast, convert_to_fp8, fp8_unsupported_reason, set_precision
 from run_folder import RunFolder, describe_environment, now
 from technique_bench import Cost, measure, relative_error
@@ -94,7 +96,7 @@ def scaled_product(left: torch.Tensor, right: torch.Tensor, recipe: str, role: s
     return lambda: torch._scaled_mm(a, b.T, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
-def three_products(tokens: int, inputs: int, outputs: int, variant: str) -> Callable[[], None]:
+def three_products(tokens: int, inputs: int, outputs: int, variant: str) -> Callable[[], torch.Tensor]:
     """The products of a linear layer's step, random numbers, without any cast: output, both gradients."""
     options = {"device": "cuda", "dtype": torch.bfloat16}
     hidden, weight = torch.randn(tokens, inputs, **options), torch.randn(outputs, inputs, **options)
@@ -113,9 +115,8 @@ def three_products(tokens: int, inputs: int, outputs: int, variant: str) -> Call
         else:
             products.append(scaled_product(left, right, variant, role))
 
-    def step() -> None:
-        for product in products:
-            product()
+    def step() -> torch.Tensor:
+        return torch.stack([product()[0, 0] for product in products])
 
     return step
 
@@ -146,11 +147,12 @@ class Step:
         with autocast("fp32" if self.variant == "fp32" else "bf16", self.inputs.device):
             return self.run(self.inputs)
 
-    def __call__(self) -> None:
+    def __call__(self) -> torch.Tensor:
         output = self.forward()
         output.backward(self.gradient.to(output.dtype))
         self.inputs.grad = None
         self.module.zero_grad(set_to_none=True)
+        return output.detach().flatten()[:1]
 
     def results(self) -> list[torch.Tensor]:
         """The output, and the gradients of input and parameters, on the GPU."""
@@ -211,8 +213,15 @@ class Benchmark:
             f"{memory}{shown(row['error'], '.1e'):>9}"
         )
 
-    def measure(self, step: Callable[[], None]) -> Cost:
-        return measure(step, self.device, repeats=self.settings.repeats, warm_up=3, compiled=True)
+    def measure(self, step: Callable[[], torch.Tensor]) -> Cost:
+        """Time of the recorded step, peak memory of the launched one."""
+        launched = measure(step, self.device, repeats=1, compiled=True)
+        if launched.status != "ok":
+            return launched
+        recorded = measure(RecordedStep(step), self.device, repeats=self.settings.repeats, warm_up=3, compiled=True)
+        if recorded.status != "ok":
+            return recorded
+        return replace(recorded, start_gib=launched.start_gib, peak_gib=launched.peak_gib)
 
     def products(self, name: str, width: int, tokens: int, inputs: int, outputs: int, variant: str) -> None:
         cost = self.measure(three_products(tokens, inputs, outputs, variant))
@@ -220,16 +229,16 @@ class Benchmark:
         self.add(cost, question="products", flop=6 * tokens * inputs * outputs, variant=variant, **facts)
 
     def module(
-        self, question: str, build: Callable[[], nn.Module], shape: tuple[int, ...], flop: float, **facts: Any
+        self, question: str, build: Callable[[str], nn.Module], shape: tuple[int, ...], flop: float, **facts: Any
     ) -> None:
-        """Rows of one module: fp32 for reference (not timed), bf16 and every recipe, checked and timed."""
+        """Rows of one module, built for a variant: fp32 as reference (not timed), bf16 and every recipe."""
         exact: list[torch.Tensor] = []
         for variant in ("fp32", "bf16", *split(self.settings.recipes)):
             torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()
             torch.manual_seed(0)
-            step = Step(build(), shape, variant, torch.bfloat16 if question == "layers" else torch.float32)
+            step = Step(build(variant), shape, variant, torch.bfloat16 if question == "layers" else torch.float32)
             if variant == "fp32":
                 exact = step.results()
                 del step
@@ -257,18 +266,19 @@ def numbers(text: str, flag: str) -> list[int]:
     return values
 
 
-def block_of(size: str, attention_backend: str) -> tuple[Callable[[], nn.Module], int, int, float]:
-    """A block of a model size: how to build it on the GPU, its width, its context, and its FLOPs a token.
+def block_of(size: str, attention_backend: str) -> tuple[Callable[[str], nn.Module], int, int, float]:
+    """A block of a model size: how to build it on the GPU for a variant, its width, context and FLOPs a token.
 
-    The models of the lab with a context of 256 get 1024, GPT-2's own.
+    The models of the lab with a context of 256 get 1024, GPT-2's own. The fp32 variant has PyTorch's choice of kernel.
     """
     context = max(MODEL_SIZES[size]["context_length"], 1024)
-    overrides = {"num_layers": 1, "context_length": context, "vocab_size": 16, "attention_backend": attention_backend}
+    overrides = {"num_layers": 1, "context_length": context, "vocab_size": 16}
     config = model_config(size, **overrides)
 
-    def build() -> nn.Module:
+    def build(variant: str) -> nn.Module:
+        backend = "sdpa" if variant == "fp32" else attention_backend
         with torch.device("cuda"):
-            return TransformerLM(config).blocks[0]
+            return TransformerLM(model_config(size, **overrides, attention_backend=backend)).blocks[0]
 
     with torch.device("meta"):
         block = TransformerLM(config).blocks[0]
@@ -351,7 +361,7 @@ def main() -> int:
     if "layers" in questions:
         for name, width, tokens, inputs, outputs in shapes:
             facts = {"name": name, "width": width, "tokens": tokens, "inputs": inputs, "outputs": outputs}
-            build = lambda i=inputs, o=outputs: nn.Linear(i, o, bias=False, device="cuda")  # noqa: E731
+            build = lambda variant, i=inputs, o=outputs: nn.Linear(i, o, bias=False, device="cuda")  # noqa: E731
             flop = 6 * tokens * inputs * outputs
             jobs.append(lambda b=build, s=(tokens, inputs), f=flop, k=facts: bench.module("layers", b, s, f, **k))
     if "blocks" in questions:
@@ -361,7 +371,7 @@ def main() -> int:
             facts = {"name": size, "width": width, "tokens": settings.block_tokens}
             flop *= settings.block_tokens
             jobs.append(lambda b=build, s=shape, f=flop, k=facts: bench.module("blocks", b, s, f, **k))
-    for job in tqdm(jobs, desc="measuring", leave=False):
+    for job in tqdm(jobs, desc="measuring", leave=False, disable=None):
         job()
     answers = [answer for question in questions for answer in break_even(bench.rows, question)]
     for answer in answers:
