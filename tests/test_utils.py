@@ -225,6 +225,13 @@ def test_peak_of_known_gpus(name, bf16, fp16, tf32, fp32):
     assert peaks == [bf16, fp16, tf32, fp32]
 
 
+@pytest.mark.parametrize(("pattern", "rates"), utils.PEAK_TFLOPS)
+def test_fp8_units_have_twice_the_rate_of_bf16(pattern, rates):
+    """Hopper, Ada and Blackwell have them; no older GPU."""
+    has_units = any(sign in pattern for sign in ("H100", "B200", "L4", "RTX 4090", "RTX 5090"))
+    assert rates.get("fp8") == (pytest.approx(2 * rates["bf16"]) if has_units else None)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -243,7 +250,7 @@ def test_peak_of_known_gpus(name, bf16, fp16, tf32, fp32):
     ],
 )
 def test_peak_of_everything_else_is_unknown(name):
-    assert [peak_tflops(name, precision) for precision in ("bf16", "fp16", "tf32", "fp32")] == [None] * 4
+    assert [peak_tflops(name, precision) for precision in ("bf16", "fp16", "tf32", "fp32", "fp8")] == [None] * 5
 
 
 def test_this_machine_without_a_gpu_has_no_peak():
