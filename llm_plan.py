@@ -60,7 +60,7 @@ def make_plan(settings: Any) -> Plan:
         value = getattr(settings, name)
         if value is not None and not 0 < value < float("inf"):
             raise SettingsError(f"--{name} must be above 0 and finite, not {value}")
-    for name in ("weight_decay", "seed", "split_seed", "profile_steps"):
+    for name in ("weight_decay", "warm_up_steps", "seed", "split_seed", "profile_steps"):
         if not 0 <= getattr(settings, name) < 2**63:
             raise SettingsError(f"--{name} must be at least 0 and below 2^63, not {getattr(settings, name)}")
     for name in ("experiment", "run_name"):

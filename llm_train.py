@@ -40,7 +40,7 @@ from fused_gelu import GELUS
 from llm_plan import Plan, check_corpus, default_run_name, make_plan
 from llm_step import Batch, Objective, evaluate, training_step, unigram_perplexity
 from memory_tracker import MemoryTracker
-from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer
+from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer, set_learning_rate
 from precision import FP8_LAYERS, FP8_RECIPES, PRECISIONS, convert_to_fp8, describe_fp8, make_scaler
 from run_folder import (
     Interrupted,
@@ -109,7 +109,8 @@ class Settings:
     optimizer: str = setting("adamw", "adamw (fused on a GPU), adam (decay as L2), torchao's 8-bit", OPTIMIZERS)
     optimizer_in_backward: bool = setting(False, "update each parameter as soon as its gradient is there")
     parameters: str = setting("fp32", "bf16 parameters with an fp32 master copy or stochastic rounding", PARAMETERS)
-    learning_rate: float = setting(0.0005, "constant learning rate")
+    learning_rate: float = setting(0.0005, "constant learning rate (after the warm-up)")
+    warm_up_steps: int = setting(0, "updates over which the learning rate rises to it, in a line from nothing")
     weight_decay: float = setting(0.1, "weight decay")
 
     # batch
@@ -361,6 +362,9 @@ class Training:
                 batches = None  # so that the next ones lie where these lay, and not beside them
                 batches = self.batches_of_step(self.step)
                 data_ms = 1000 * (time.perf_counter() - fetch)
+                if self.step <= settings.warm_up_steps + 1:  # one more: a resumed run may begin right after it
+                    share = min(1.0, self.step / (settings.warm_up_steps + 1))
+                    set_learning_rate(self.optimizer, share * settings.learning_rate)
                 tracked = self.can_track and log.is_tracked(self.step)
                 log.clock.start()
                 with self.tracker.step(self.step) if tracked else nullcontext():

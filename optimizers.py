@@ -130,6 +130,15 @@ def make_optimizer(
     return OptimizerInBackward(optimizer) if in_backward else optimizer
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Change the learning rate of every group; where it is a tensor (torchao's), that tensor is filled."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+
+
 def state_bytes_per_parameter(name: str, parameters: str, in_backward: bool) -> float:
     """Bytes held for a parameter between backward and step: itself, its gradient, its states.
 

@@ -154,7 +154,7 @@ def read_runs(comparison: Comparison) -> None:
         except SettingsError as error:
             raise SettingsError(f"{where}: {error}") from None
         for run in group.runs:
-            if timed and run.info.get("fp8_emulated"):
+            if timed and (run.info.get("fp8") or {}).get("emulated"):
                 raise SettingsError(
                     f"{where}: {run.folder} is emulated fp8, which has no speed to show; take it out of runs, or "
                     f"{', '.join(timed)} out of figures"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from report_comparison import COMPARISON_TABLES, markdown, read_json, shown
+from report_fp8 import FP8_TABLES
 from report_patchtst import PATCHTST_TABLES
 from report_vit import VIT_TABLES
 from run_folder import write_atomically
@@ -254,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **COMPARISON_TABLES,
     **PATCHTST_TABLES,
     **VIT_TABLES,
+    **FP8_TABLES,
 }
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from report_techniques import break_even_words
-from report_text import ROOT, markdown, place, plain, read_json, shown
+from report_text import ROOT, markdown, not_run, place, plain, read_json, shown
 from run_results import Case, by_prefix, read_experiment, time_saved
 from technique_bench import Cost, time_difference
 from utils import SettingsError, parse_settings, run_script, setting
@@ -54,10 +54,6 @@ SWEEP_WORDS = {
     "batch_size": "the batch sizes",
     "num_workers": "the worker processes",
 }
-
-
-def not_run(what: str, command: str) -> str:
-    return f"Not run yet: {what} (`{command}`)."
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,11 @@ def signed(value: float | None) -> str:
     return format(value, f"+,.{decimals}f")
 
 
+def not_run(what: str, command: str) -> str:
+    """What stands in a table's place while there are no results."""
+    return f"Not run yet: {what} (`{command}`)."
+
+
 def place(path: Path) -> str:
     """The path as a reader of the repository knows it."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)

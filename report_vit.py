@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report_text import ROOT, markdown, place, plain, read_json, shown
+from report_text import ROOT, markdown, not_run, place, plain, read_json, shown
 from run_results import Case, read_experiment
 from utils import SettingsError, parse_settings, run_script, setting
 from vit_results import (
@@ -56,10 +56,6 @@ GOALS = (  # what the long run is held against: model, parameters, epochs, minut
         "91.38 %",
     ),
 )
-
-
-def not_run(what: str, command: str) -> str:
-    return f"Not run yet: {what} (`{command}`)."
 
 
 def study_command(study: str, data: str) -> str:

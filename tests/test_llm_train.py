@@ -1369,3 +1369,23 @@ def test_resume_of_something_else(train, tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     run = train(resume=tmp_path)
     assert run.status == 2 and "no run of this lab" in run.stderr
+
+
+# --- The learning rate ------------------------------------------------------------------------------------------------
+
+
+def test_warm_up_rises_in_a_line_and_survives_a_resume(train):
+    rates: list[float] = []
+    real = llm_train.training_step
+
+    def noted(objective, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return real(objective, optimizer, *rest)
+
+    with patch.object(llm_train, "training_step", noted):
+        whole = train(warm_up_steps=4, learning_rate=0.01, max_steps=8)
+    assert rates == pytest.approx([0.002, 0.004, 0.006, 0.008, *[0.01] * 4])
+    for stop in (2, 6):
+        begun = train(warm_up_steps=4, learning_rate=0.01, max_steps=stop, checkpoint_every_minutes=1)
+        gone_on = train(resume=begun.path, max_steps=8)
+        assert gone_on.losses == whole.losses != train(learning_rate=0.01, max_steps=8).losses

@@ -396,7 +396,7 @@ def test_wrong_runs_are_one_sentence(content, tmp_path, capsys):
 
 
 def test_emulated_fp8_has_no_speed_to_show(content, tmp_path, capsys):
-    change_run(tmp_path / "rowwise", fp8_emulated=True)
+    change_run(tmp_path / "rowwise", fp8={"emulated": True})
     for name in SPEED_FIGURES:
         sentence = error_of(content | {"figures": ["peak_memory", name]}, tmp_path, capsys)
         assert (

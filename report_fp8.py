@@ -1,0 +1,237 @@
+"""The tables of FP8, made from the run folders of llm_train.py and fp8_benchmark.py in outputs/fp8.
+
+    python report_fp8.py                              prints them
+    python report_fp8.py --output_folder mine         those of your own runs
+
+report.py puts them into the README. A run stands against the bf16 run of the same model and seed; losses are compared
+as means of 25 steps, with what another seed does to bf16 beside them. What has not been run is one line that says so.
+"""
+
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report_text import ROOT, markdown, not_run, plain, read_json, read_table, shown
+from run_results import Run, read_run
+from utils import SettingsError, parse_settings, run_script, setting
+
+ORDER = ("fp32", "bf16", "fp8")
+SHAPE_COLUMNS = ("name", "tokens", "inputs", "outputs", "width")
+SHAPE_WORDS = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d"}
+BLOCK_STEPS = 25  # steps whose mean loss is compared
+TRAINING = (
+    "python llm_train.py --experiment fp8 --model_type llama --model_size llama-1b-wide --precision fp8 "
+    "--use_compile true"
+)
+
+
+def runs_of(outputs: Path) -> list[Run]:
+    """The trainings in outputs/fp8, by model, precision and seed."""
+    paths = sorted((outputs / "fp8").glob("*/run.json"))
+    runs = [read_run(path.parent) for path in paths]
+    found = [run for run in runs if "model_size" in run.info and run.info.get("precision") in ORDER]
+
+    def place(run: Run) -> tuple:
+        return run.info["model_size"], ORDER.index(run.info["precision"]), precision_words(run), seed_of(run)
+
+    return sorted(found, key=place)
+
+
+def seed_of(run: Run) -> int:
+    return run.info["settings"]["seed"]
+
+
+def precision_words(run: Run) -> str:
+    """ "bf16", "fp8 tensorwise", and whether the head is part of it."""
+    fp8 = run.info.get("fp8")
+    if not fp8:
+        return run.info["precision"]
+    kept = {row["name"] for row in fp8["kept"]}
+    layers = "" if fp8["layers"] == "all" else ", large layers"
+    return f"fp8 {fp8['recipe']}{layers}{'' if 'head' in kept else ', head too'}"
+
+
+def baseline_of(run: Run, runs: list[Run]) -> Run | None:
+    """The bf16 run of the same model, seed, batch and device."""
+
+    def facts(other: Run) -> tuple:
+        info = other.info
+        same = ("batch_size", "parameters", "context_length", "learning_rate")
+        return info["model_size"], info["device_name"], *(info["settings"][name] for name in same), seed_of(other)
+
+    return next((other for other in runs if other.info["precision"] == "bf16" and facts(other) == facts(run)), None)
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def training_table(outputs: Path) -> str:
+    """One row a training: speed, MFU against both peaks, memory, loss."""
+    runs = runs_of(outputs)
+    if not runs:
+        return not_run("a training in FP8", TRAINING)
+    lines = []
+    for run in runs:
+        results = run.info.get("results") or {}
+        words = [f"`{run.info['model_size']}`", plain(precision_words(run)), str(seed_of(run))]
+        if run.info["status"] != "ok":
+            lines.append([*words, run.info["status"], *["-"] * 7])
+            continue
+        base = baseline_of(run, runs)
+        gain = None if base is None or base is run else results["tokens_per_s"] / base.info["results"]["tokens_per_s"]
+        lines.append(
+            [
+                *words,
+                f"{results['tokens_per_s']:,.0f}",
+                f"{results['step_ms_median']:.1f} ({results['step_ms_p20']:.1f}-{results['step_ms_p80']:.1f})",
+                "-" if gain is None else f"{gain:.3f}",
+                percent(results.get("mfu_bf16_peak", results["mfu"])),
+                percent(results.get("mfu_fp8_peak")),
+                shown(results["peak_allocated_gib"]),
+                "-" if results["compile_s"] is None else f"{results['compile_s']:.0f}",
+                f"{statistics.fmean(row['loss'] for row in run.steps[-BLOCK_STEPS:]):.3f}",
+            ]
+        )
+    header = ["model", "precision", "seed", "tokens/s", "step ms (20th-80th percentile)", "times bf16, same seed"]
+    header += ["MFU of the bf16 peak", "MFU of the fp8 peak", "peak allocated, GiB", "compiled in, s"]
+    return markdown([*header, f"loss, last {BLOCK_STEPS} steps"], lines)
+
+
+def block_means(run: Run) -> list[float]:
+    """Mean loss of each BLOCK_STEPS steps; a rest is left out."""
+    losses = [row["loss"] for row in run.steps]
+    return [
+        statistics.fmean(losses[begin : begin + BLOCK_STEPS])
+        for begin in range(0, len(losses) - BLOCK_STEPS + 1, BLOCK_STEPS)
+    ]
+
+
+def distances(one: Run, other: Run) -> list[float]:
+    """Signed differences of two runs' block means."""
+    return [a - b for a, b in zip(block_means(one), block_means(other), strict=False)]
+
+
+def parity_table(outputs: Path) -> str:
+    """How far FP8's loss lies from bf16's of the same seed, and two seeds of bf16 from each other."""
+    runs = [run for run in runs_of(outputs) if run.info["status"] == "ok"]
+    lines = []
+    for model, group in itertools.groupby(runs, key=lambda run: run.info["model_size"]):
+        own = list(group)
+        plain_runs = [run for run in own if run.info["precision"] == "bf16"]
+        for one, other in itertools.combinations(plain_runs, 2):
+            lines.append([f"`{model}`", "bf16", f"{seed_of(one)} and {seed_of(other)}", distances(one, other)])
+        for run in own:
+            base = baseline_of(run, own)
+            if run.info["precision"] == "fp8" and base is not None:
+                lines.append([f"`{model}`", plain(precision_words(run)), f"{seed_of(run)}", distances(run, base)])
+    if not lines:
+        return not_run("a training in FP8 and its bf16 twin", TRAINING)
+    header = ["model", "precision", "seeds", "steps", "largest distance", "mean distance", "last block, signed"]
+    rows = [
+        [
+            *words,
+            str(BLOCK_STEPS * len(found)),
+            f"{max(map(abs, found)):.3f}",
+            f"{statistics.fmean(map(abs, found)):.3f}",
+            f"{found[-1]:+.3f}",
+        ]
+        for *words, found in lines
+    ]
+    return markdown(header, rows)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The benchmark
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def benchmark(outputs: Path) -> tuple[list[dict[str, str]], dict[str, Any]] | None:
+    """Rows of results.csv and run.json; None if it has not been run."""
+    folder = outputs / "fp8" / "benchmark"
+    if not (folder / "run.json").is_file():
+        return None
+    return read_table(folder / "results.csv"), read_json(folder / "run.json")
+
+
+def cell(row: dict[str, str] | None, *keys: str) -> str:
+    """Numbers of a row, or its status."""
+    if row is None:
+        return "-"
+    if row["status"] != "ok":
+        return row["status"]
+    return " / ".join(shown(float(row[key])) if row[key] else "-" for key in keys)
+
+
+def widths_table(outputs: Path, question: str, keys: tuple[str, ...]) -> str:
+    """One row for each shape and number of tokens, a column for bf16 (the first key) and each recipe (all keys)."""
+    found = benchmark(outputs)
+    if found is None or not any(row["question"] == question for row in found[0]):
+        return not_run(f"the benchmark's {question}", f"python fp8_benchmark.py --questions {question}")
+    rows = [row for row in found[0] if row["question"] == question]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    lines = []
+    for facts, group in itertools.groupby(rows, key=lambda r: [r[key] for key in SHAPE_COLUMNS]):
+        own = {row["variant"]: row for row in group}
+        name, tokens, inputs, made, width = facts
+        shape = f"{int(inputs):,} to {int(made):,}" if inputs else f"`{name}`, width {int(width):,}"
+        cells = [cell(own.get(variant), *(keys[:1] if variant == "bf16" else keys)) for variant in variants]
+        lines.append([f"{int(tokens):,}", shape, *cells])
+    names = {"ms": "ms", "speedup": "times bf16", "kept_gib": "GiB kept", "peak_gib": "peak GiB"}
+    heads = [f"{v}: {' / '.join(names[k] for k in (keys[:1] if v == 'bf16' else keys))}" for v in variants]
+    return markdown(["tokens", "layer" if question != "blocks" else "block of", *map(plain, heads)], lines)
+
+
+def break_even_table(outputs: Path) -> str:
+    """From which width on FP8 was faster at every width measured."""
+    found = benchmark(outputs)
+    if found is None:
+        return not_run("the break-even widths", "python fp8_benchmark.py")
+    lines = []
+    for answer in found[1]["results"]["break_even"]:
+        lost, won = answer["slower_at"], answer["faster_from"]
+        words = (
+            f"not up to {lost:,}"
+            if won is None
+            else f"{won:,}" + (f" (not yet at {lost:,})" if lost else ", the smallest")
+        )
+        shape = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d"}.get(answer["name"], answer["name"])
+        what = [answer["question"], shape, f"{answer['tokens']:,}", plain(answer["recipe"])]
+        lines.append([*what, words])
+    return markdown(["what", "shape", "tokens", "recipe", "faster from a width d of"], lines)
+
+
+FP8_TABLES: dict[str, Callable[[], str]] = {
+    "fp8 training": lambda: training_table(ROOT / "outputs"),
+    "fp8 parity": lambda: parity_table(ROOT / "outputs"),
+    "fp8 layers": lambda: widths_table(ROOT / "outputs", "layers", ("ms", "speedup")),
+    "fp8 blocks": lambda: widths_table(ROOT / "outputs", "blocks", ("ms", "speedup", "kept_gib")),
+    "fp8 break-even": lambda: break_even_table(ROOT / "outputs"),
+}
+
+
+@dataclass
+class Settings:
+    """Settings of `python report_fp8.py`."""
+
+    output_folder: str = setting("outputs", "folder of all results")
+
+
+def main() -> int:
+    """Print every table."""
+    outputs = Path(parse_settings(Settings).output_folder)
+    if not (outputs / "fp8").is_dir():
+        raise SettingsError(f"--output_folder {outputs} has no folder fp8; run {TRAINING}")
+    print(training_table(outputs), parity_table(outputs), sep="\n\n")
+    for question in ("products", "layers", "blocks"):
+        keys = ("ms", "speedup") if question == "products" else ("ms", "speedup", "kept_gib")
+        print("", widths_table(outputs, question, keys), sep="\n")
+    print("", break_even_table(outputs), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
