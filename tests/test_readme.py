@@ -15,6 +15,7 @@ import torch
 import attention_benchmark
 import case_runner
 import compare_techniques
+import fp8_benchmark
 import llm_train
 import patchtst_benchmark
 import patchtst_plan
@@ -541,12 +542,13 @@ def test_every_command_names_a_script_and_flags_that_exist(command):
             vit_plan.make_plan(dataclasses.replace(settings, **gpu_only), sample_images(20, 10))
     if words[place] == "llm_train.py" and words[:place] != []:
         settings = parse_settings(llm_train.Settings, words[place + 1 :])
-        llm_train.make_plan(dataclasses.replace(settings, use_flash_attention=False))
+        emulated = settings.precision == "fp8"  # there is no GPU here
+        llm_train.make_plan(dataclasses.replace(settings, use_flash_attention=False, fp8_emulation=emulated))
 
 
 def test_every_flag_in_the_readme_exists():
     scripts = (llm_train, attention_benchmark, compare_techniques, report_comparison, patchtst_train)
-    scripts += (patchtst_benchmark, time_series_dataset, vit_train, vit_benchmark)
+    scripts += (patchtst_benchmark, time_series_dataset, vit_train, vit_benchmark, fp8_benchmark)
     known = {field.name for script in scripts for field in dataclasses.fields(script.Settings)} | {
         "extra",
         "help",
