@@ -37,9 +37,11 @@ from cross_entropy import LOSSES
 from dataset import DATASET_NAMES, DEFAULT_TOKENIZER, TextData, load_text_data
 from fused_gelu import GELUS
 from llm_plan import Plan, check_corpus, default_run_name, make_plan
-from llm_step import Batch, Objective, evaluate, training_step, unigram_perplexity
+from llm_step import Batch, Objective, entry_of, evaluate, training_step, unigram_perplexity
 from memory_tracker import MemoryTracker
 from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer
+from parallel import METHODS as PARALLEL
+from parallel import Ranks, check_launch, eager, leave, lower_parameters, place_model, process_group
 from precision import PRECISIONS, make_scaler
 from run_folder import (
     Interrupted,
@@ -105,6 +107,7 @@ class Settings:
     optimizer: str = setting("adamw", "adamw (fused on a GPU), adam (decay as L2), torchao's 8-bit", OPTIMIZERS)
     optimizer_in_backward: bool = setting(False, "update each parameter as soon as its gradient is there")
     parameters: str = setting("fp32", "bf16 parameters with an fp32 master copy or stochastic rounding", PARAMETERS)
+    parallel: str | None = setting(None, "under torchrun: ddp keeps a replica in each process, fsdp a shard", PARALLEL)
     learning_rate: float = setting(0.0005, "constant learning rate")
     weight_decay: float = setting(0.1, "weight decay")
 
@@ -194,13 +197,15 @@ def read_settings() -> tuple[Settings, RunFolder | None]:
 class Training:
     """What one run holds: model, optimizer, data, tracker, folder, and where it is."""
 
-    def __init__(self, settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest):
+    def __init__(self, settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest, ranks: Ranks):
         self.settings, self.plan, self.run, self.stop, self.device = settings, plan, run, stop, plan.device
+        self.ranks = ranks
         self.split = data.splits["train"]
         self.context_length = plan.model.context_length
         self.num_windows = self.split.num_windows(self.context_length)
         torch.manual_seed(settings.seed)
-        self.model = TransformerLM(plan.model).to(self.device)
+        self.model = place_model(TransformerLM(plan.model), ranks, self.device, plan.precision, entry_of(plan))
+        exact = lower_parameters(self.model, ranks, settings.parameters)
         self.optimizer = make_optimizer(
             settings.optimizer,
             self.model.parameters(),
@@ -210,16 +215,24 @@ class Training:
             parameters=settings.parameters,
             in_backward=settings.optimizer_in_backward,
         )
-        self.objective = Objective(self.model, plan)
+        if exact is not None and settings.parameters == "bf16_master":
+            for parameter, values in zip(self.model.parameters(), exact, strict=True):
+                self.optimizer.state[parameter]["master"].copy_(values)
+        del exact
+        self.objective = Objective(self.model, plan, ranks)
         self.scaler = make_scaler(plan.precision, self.device)
         roots = (self.model, self.optimizer)
         self.tracker = MemoryTracker(self.device, run.path / "memory.csv", roots, plan.limit_bytes)
+        if ranks.method is not None:
+            self.tracker.collect, self.tracker.writes = ranks.with_rank, ranks.first
+            self.tracker.resized = ranks.method == "fsdp"
         # Without a GPU live tensors are counted operator by operator, and compiled code has no operators to count.
         self.can_track = self.device.type == "cuda" or not settings.use_compile
         self.flops_per_token = utils.training_flops_per_token(
             count_matmul_parameters(self.model), plan.model.num_layers, plan.model.embedding_dim, self.context_length
         )
-        self.peak_tflops = utils.peak_tflops(utils.device_name(self.device), plan.precision)
+        peak = utils.peak_tflops(utils.device_name(self.device), plan.precision)
+        self.peak_tflops = None if peak is None else ranks.world_size * peak  # of all GPUs, as tokens/s are
         self.batch_size = plan.batch_size
         self.step = 0
         self.seconds = 0.0  # of training alone, earlier processes included
@@ -243,14 +256,17 @@ class Training:
         return min(total, self.settings.max_steps or total)
 
     def batches_of_step(self, step: int) -> list[Batch]:
-        """Micro-batches of step 1, 2, ...; the order is a function of seed and epoch, so it needs no saved state."""
+        """This rank's part of the micro-batches of step 1, 2, ...
+
+        The order is a function of seed and epoch, so it needs no saved state.
+        """
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = self.split.order(self.context_length, self.settings.seed, epoch)
         chosen = self.order[place * self.sequences_per_update : (place + 1) * self.sequences_per_update]
         return [
-            self.split.batch(chosen[begin : begin + self.batch_size], self.context_length, self.device)
+            self.split.batch(self.ranks.mine(chosen[begin : begin + self.batch_size]), self.context_length, self.device)
             for begin in range(0, len(chosen), self.batch_size)
         ]
 
@@ -307,24 +323,30 @@ class Training:
 
         A resumed run compiles again; its note is that of its own process.
         """
-        tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
+        alone = self.ranks.method is None  # in a parallel run the optimizer waits, so there is nothing to put back
+        if alone:
+            tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
         begin = time.perf_counter()
         batches = self.batches_of_step(self.step + 1)
-        training_step(self.objective, self.optimizer, self.scaler, batches, MemoryTracker(self.device)).item()
+        silent = MemoryTracker(self.device)
+        training_step(self.objective, self.optimizer, self.scaler, batches, silent, update=alone).item()
         self.compile_s = round(time.perf_counter() - begin, 2)
-        restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
+        if alone:
+            restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
 
     def profile(self) -> None:
         """Leave profile.json: where the time of the next steps goes. They train on, after the last logged step."""
         batches = self.batches_of_step(self.step)
 
         def step(tracker: Any) -> None:
-            training_step(self.objective, self.optimizer, self.scaler, batches, tracker)
+            place = (self.settings.seed, self.step)
+            training_step(self.objective, self.optimizer, self.scaler, batches, tracker, place=place)
 
         options = {"model": self.model, "tokens": batches[0][0].numel(), "batches": len(batches)}
         options["precision"] = self.plan.precision
         result = profile_steps(step, self.settings.profile_steps, **options)
-        write_atomically(self.run.path / "profile.json", json.dumps(result, indent=2) + "\n")
+        if self.ranks.first:
+            write_atomically(self.run.path / "profile.json", json.dumps(result, indent=2) + "\n")
         print(profile_table(result))
 
     def train(self, log: StepLog) -> str:
@@ -335,14 +357,18 @@ class Training:
         limit = 60 * (settings.max_training_minutes or float("inf"))
         save_after = 60 * (settings.checkpoint_every_minutes or float("inf"))
         outcome = "done"
-        with tqdm(total=self.total_steps, initial=self.step, unit="step", desc="training") as bar:
+        options = {"unit": "step", "desc": "training", "disable": not self.ranks.first}
+        with tqdm(total=self.total_steps, initial=self.step, **options) as bar:
             while self.step < self.total_steps:
                 fetch = time.perf_counter()
                 self.seconds = earlier + fetch - begin
-                if self.stop.signal is not None or self.seconds >= limit:
-                    outcome = "signal" if self.stop.signal is not None else "time"
+                stop, late, due = self.ranks.agree(
+                    self.stop.signal is not None, self.seconds >= limit, fetch - saved >= save_after
+                )
+                if stop or late:
+                    outcome = "signal" if stop else "time"
                     break
-                if fetch - saved >= save_after:
+                if due:
                     self.flush(log, bar)
                     self.save(log)
                     saved = fetch = time.perf_counter()
@@ -354,7 +380,12 @@ class Training:
                 tracked = self.can_track and log.is_tracked(self.step)
                 log.clock.start()
                 with self.tracker.step(self.step) if tracked else nullcontext():
-                    loss = training_step(self.objective, self.optimizer, self.scaler, batches, self.tracker)
+                    place = (settings.seed, self.step)
+                    loss = training_step(
+                        self.objective, self.optimizer, self.scaler, batches, self.tracker, place=place
+                    )
+                if not self.ranks.first:
+                    continue
                 log.clock.stop()
                 log.add(self.step, loss, data_ms)
 
@@ -404,8 +435,13 @@ class Training:
         """Which attention kernel this model really calls: one forward pass of one sequence, random state kept."""
         inputs, _ = self.split.batch(np.zeros(1, dtype=np.int64), self.context_length, self.device)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), observe_kernel() as observer, self.objective.autocast():
-            self.model(inputs)
+        with (
+            torch.random.fork_rng(devices),
+            observe_kernel() as observer,
+            self.objective.autocast(),
+            eager(self.ranks, self.plan.use_compile),
+        ):
+            self.objective.plain(inputs)
         return observer.name
 
     def alloc_retries(self) -> int:
@@ -415,7 +451,12 @@ class Training:
     def memory_headline(self) -> dict[str, Any]:
         """Peaks of a step, and how often the allocator gave memory back and asked again: above 0 it is nearly full."""
         retries = self.alloc_retries() - self.retries_before if self.tracker.cuda else None
-        return self.tracker.headline() | {"alloc_retries": retries}
+        by_rank: dict[int, float] = {}
+        for row in self.tracker.rows:
+            if "rank" in row and row["phase"] == "training_step":
+                by_rank[row["rank"]] = max(by_rank.get(row["rank"], 0.0), row["peak_allocated_gib"])
+        ranks = {"peak_allocated_gib_by_rank": list(by_rank.values())} if self.ranks.method is not None else {}
+        return self.tracker.headline() | {"alloc_retries": retries} | ranks
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -423,7 +464,7 @@ class Training:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest) -> Training:
+def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest, ranks: Ranks) -> Training:
     """Build the training; write the beginning of run.json, or, if it is there, go on from the run's checkpoint."""
     resumed = bool(run.info)
     model = json.loads(json.dumps(asdict(plan.model)))  # as run.json holds it
@@ -439,7 +480,7 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
                     f"--resume {settings.resume}: that run had {name} {run.info[name]}, here its settings "
                     f"mean {value}; go on with it on a machine like the one it began on"
                 )
-    training = Training(settings, plan, data, run, stop)
+    training = Training(settings, plan, data, run, stop, ranks)
     if resumed:
         training.load()
         here = {name: value for name, value in describe_environment(plan.device).items() if run.info.get(name) != value}
@@ -449,7 +490,7 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
             status="running",
             experiment=settings.experiment,
             run_name=run.path.name,
-            **(describe_environment(plan.device) | meant),
+            **(describe_environment(plan.device) | meant | ranks.description()),
             settings=asdict(settings),
             batch_size=plan.batch_size,
             loss_chunk_tokens=plan.loss_chunk_tokens if plan.loss == "chunked" else None,
@@ -462,7 +503,8 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
             dataset=data.description,
             tokenizer=data.tokenizer,
         )
-        (run.path / "model_summary.txt").write_text(model_summary(training.model), encoding="utf-8")
+        if ranks.first:
+            (run.path / "model_summary.txt").write_text(model_summary(training.model), encoding="utf-8")
     peak = f"{training.peak_tflops} TFLOP/s" if training.peak_tflops else "unknown for this device, so no MFU"
     for line in (
         *plan.notes,
@@ -477,9 +519,11 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
     return training
 
 
-def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest) -> int:
+def run_training(
+    settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest, ranks: Ranks
+) -> int:
     """Train, evaluate, write results and pictures; returns the exit status."""
-    training = start(settings, plan, data, run, stop)
+    training = start(settings, plan, data, run, stop, ranks)
     log = StepLog(
         run,
         plan.device,
@@ -516,10 +560,13 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
         except Interrupted:
             training.save(log)  # nothing is left to train, but the metrics can be had with --resume
             raise
-        metrics["unigram_perplexity"] = unigram_perplexity(data.splits["train"], split, plan.model.vocab_size)
-        results |= {f"{settings.evaluate_on}_{name}": value for name, value in metrics.items()}
     if settings.profile_steps:
         training.profile()
+    if not ranks.first:
+        return 0
+    if metrics is not None:
+        metrics["unigram_perplexity"] = unigram_perplexity(data.splits["train"], split, plan.model.vocab_size)
+        results |= {f"{settings.evaluate_on}_{name}": value for name, value in metrics.items()}
     run.update(status="ok", stopped_by=outcome, finished_at=now(), results=results)
     if settings.figures:
         import plot  # matplotlib takes seconds to load
@@ -555,10 +602,22 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
 
 
 def main() -> int:
+    """Join the processes that torchrun started, or be alone, and run."""
+    cuda = parse_settings(Settings).device != "cpu" and torch.cuda.is_available()
+    with process_group(cuda) as ranks:
+        status = run_once(ranks)
+        if status != 1:
+            leave(ranks)
+        return status
+
+
+def run_once(ranks: Ranks) -> int:
     """Check everything that can be wrong with the input, make the run folder, run, and record how it ended."""
-    settings, run = read_settings()
-    plan = make_plan(settings)
-    check_writable(Path(settings.output_folder) / settings.experiment, "--output_folder")
+    settings, run = ranks.together(read_settings)
+    ranks = ranks.together(lambda: check_launch(settings.parallel, ranks))
+    plan = ranks.together(lambda: make_plan(settings, ranks.world_size))
+    folder = Path(settings.output_folder) / settings.experiment
+    ranks.first_alone(lambda: check_writable(folder, "--output_folder"))
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -569,24 +628,39 @@ def main() -> int:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     set_memory_budget(plan.device, settings.memory_budget_gib)
     name = settings.run_name or default_run_name(settings, plan)
-    if run is None and settings.run_name and (Path(settings.output_folder) / settings.experiment / name).exists():
-        raise SettingsError(f"--run_name {name}: that folder already exists in {settings.experiment}; choose another")
-    data = load_text_data(
-        dataset_name=settings.dataset_name,
-        dataset_path=settings.dataset_path,
-        max_documents=settings.max_documents,
-        split_seed=settings.split_seed,
-        tokenizer_type=settings.tokenizer_type,
-        tokenizer=settings.tokenizer,
-        vocab_size=plan.model.vocab_size,
-        cache_folder=settings.cache_folder,
+
+    def check_name() -> None:
+        if run is None and settings.run_name and (folder / name).exists():
+            raise SettingsError(
+                f"--run_name {name}: that folder already exists in {settings.experiment}; choose another"
+            )
+
+    ranks.first_alone(check_name)
+    data = ranks.first_then_others(
+        lambda: load_text_data(
+            dataset_name=settings.dataset_name,
+            dataset_path=settings.dataset_path,
+            max_documents=settings.max_documents,
+            split_seed=settings.split_seed,
+            tokenizer_type=settings.tokenizer_type,
+            tokenizer=settings.tokenizer,
+            vocab_size=plan.model.vocab_size,
+            cache_folder=settings.cache_folder,
+            progress=ranks.first,
+        )
     )
-    check_corpus(data, plan, settings)
+    ranks.together(lambda: check_corpus(data, plan, settings))
     if run is None:
-        run = RunFolder.create(settings.output_folder, settings.experiment, name, unique=settings.run_name is None)
+        run = ranks.first_alone(
+            lambda: RunFolder.create(
+                settings.output_folder, settings.experiment, name, unique=settings.run_name is None
+            )
+        )
+        path = ranks.broadcast(run and run.path)
+        run = run or RunFolder(path, writes=False)
     with StopRequest() as stop:
         try:
-            return run_training(settings, plan, data, run, stop)
+            return run_training(settings, plan, data, run, stop, ranks)
         except (Interrupted, KeyboardInterrupt):
             run.update(status="interrupted")
             saved = (run.path / "checkpoint").exists()

@@ -55,8 +55,8 @@ def write_atomically(path: Path, text: str) -> None:
 class RunFolder:
     """outputs/<experiment>/<run_name>/ with run.json (start and end of a run) and steps.jsonl (one line a step)."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes  # of the processes of a parallel run one writes
         self.info: dict[str, Any] = {}
 
     @classmethod
@@ -120,6 +120,8 @@ class RunFolder:
             self._write(lambda: write_atomically(memory, "".join(line + "\n" for line in [header, *rows])))
 
     def _write(self, action: Callable[[], None]) -> None:
+        if not self.writes:
+            return
         try:
             action()
         except OSError as error:
