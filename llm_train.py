@@ -17,8 +17,9 @@ two techniques keep --tokens_per_update and --max_steps equal.
 import json
 import os
 import shutil
+import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,17 @@ from llm_step import Batch, Objective, entry_of, evaluate, training_step, unigra
 from memory_tracker import MemoryTracker
 from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer
 from parallel import METHODS as PARALLEL
-from parallel import Ranks, check_launch, eager, leave, lower_parameters, place_model, process_group
+from parallel import (
+    AgreedError,
+    Ranks,
+    check_launch,
+    eager,
+    is_lost,
+    leave,
+    lower_parameters,
+    place_model,
+    process_group,
+)
 from precision import PRECISIONS, make_scaler
 from run_folder import (
     Interrupted,
@@ -53,6 +64,8 @@ from run_folder import (
     now,
     write_atomically,
 )
+from run_restart import earlier_run, end_lost, how_to_go_on, launcher, may_go_on, note_failure
+from sharded_checkpoint import SINGLE, load_checkpoint, newest, remove_others, save_sharded
 from step_profile import profile_steps, profile_table
 from training_state import capture, load_state, restore, save_state
 from transformer_based_llm import (
@@ -149,6 +162,7 @@ class Settings:
     device: str = setting("auto", "auto is cuda if there is one", ["auto", "cpu", "cuda"])
     checkpoint_every_minutes: float | None = setting(None, "save the state this often")
     resume: str | None = setting(None, "run folder to go on with; its settings are used")
+    auto_resume: bool = setting(False, "go on with the run of --run_name if it was begun, else begin it")
     output_folder: str = setting("outputs", "folder of all results")
     experiment: str = setting("llm", "folder of this experiment's runs")
     run_name: str | None = setting(None, "folder of this run (default: named after its techniques)")
@@ -162,28 +176,39 @@ MAY_CHANGE_ON_RESUME = {
     "checkpoint_every_minutes",
     "log_every",
     "figures",
+    "parallel",
     "resume",
+    "auto_resume",
     "config",
 }
 
 
-def read_settings() -> tuple[Settings, RunFolder | None]:
-    """Settings from the command line, or those of the run that `--resume` names.
+def read_settings(ranks: Ranks) -> tuple[Settings, RunFolder | None]:
+    """Settings from the command line, or those of the run that this one goes on with (see run_restart.py).
 
     Raises:
         SettingsError: a setting that would change the resumed run was given another value.
     """
-    settings = parse_settings(Settings)
-    if settings.resume is None:
+    settings = ranks.together(lambda: parse_settings(Settings))
+    path = ranks.broadcast(ranks.first_alone(lambda: settings.resume or earlier_run(settings)))
+    if path is None:
         return settings, None
-    run = RunFolder.open(settings.resume)
+    return ranks.together(lambda: settings_of_run(path, ranks))
+
+
+def settings_of_run(path: str | Path, ranks: Ranks) -> tuple[Settings, RunFolder]:
+    """The settings of the run that is gone on with, with those from the command line that may change."""
+    run = RunFolder.open(path)
+    run.writes = ranks.first
     known = {field.name for field in fields(Settings)}
     saved = {name: value for name, value in run.info.get("settings", {}).items() if name in known}
+    if not ranks.joined:
+        saved["parallel"] = None  # a run of several processes goes on in one
     settings = parse_settings(Settings, saved=saved)
     for name, value in saved.items():
         if name not in MAY_CHANGE_ON_RESUME and getattr(settings, name) != value:
             raise SettingsError(
-                f"--resume {settings.resume}: that run has --{name} {value}, not {getattr(settings, name)}; "
+                f"--resume {path}: that run has --{name} {value}, not {getattr(settings, name)}; "
                 f"leave --{name} out, or start a new run"
             )
     return settings, run
@@ -417,19 +442,44 @@ class Training:
         return max(self.measured_before, now_measured, key=lambda numbers: numbers.get("timed_steps", -1))
 
     def save(self, log: StepLog) -> None:
-        """Keep the training state in checkpoint/state.safetensors."""
+        """Keep the training state in checkpoint/: one file, of a parallel run the shards of all processes."""
+        folder = self.run.path / "checkpoint"
+        place = {"step": self.step, "seconds": self.seconds, "batch_size": self.batch_size}
+        place |= {"measured": self.measured(log)}
+        if self.ranks.method is not None:
+            save_sharded(folder, self.model, self.optimizer, self.scaler, place, self.ranks)
+            return
         tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
-        details |= {"step": self.step, "seconds": self.seconds, "batch_size": self.batch_size}
-        details |= {"measured": self.measured(log)}
-        save_state(self.run.path / "checkpoint" / "state.safetensors", tensors, details)
+        save_state(folder / SINGLE, tensors, details | place)
+        remove_others(folder, folder / SINGLE)
 
-    def load(self) -> None:
-        """Go on from checkpoint/state.safetensors: everything the losses depend on comes from it."""
-        tensors, details = load_state(self.run.path / "checkpoint" / "state.safetensors")
-        restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
-        self.step, self.seconds, self.batch_size = details["step"], details["seconds"], details["batch_size"]
-        self.measured_before = details["measured"]
+    def load(self, required: bool) -> bool:
+        """Go on from the newest checkpoint: everything the losses depend on comes from it. Whether there was one.
+
+        Args:
+            required: without a checkpoint raise SettingsError; otherwise the run begins again.
+        """
+        folder = self.run.path / "checkpoint"
+        path = self.ranks.broadcast(self.ranks.first_alone(lambda: newest(folder)))
+        details = None
+        if self.ranks.method is None and path in (None, folder / SINGLE):
+            if path is not None or required:
+                tensors, details = load_state(folder / SINGLE)
+                restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
+        elif path is not None:
+            details = load_checkpoint(path, self.model, self.optimizer, self.scaler, self.ranks)
+            torch.manual_seed(self.settings.seed + details["step"])  # a checkpoint of several processes has no state
+        elif required:
+            raise SettingsError(f"--resume: there is no checkpoint in {folder}; the run ended before one was saved")
+        if details is not None:
+            self.step, self.seconds, self.batch_size = details["step"], details["seconds"], details["batch_size"]
+            self.measured_before = details["measured"]
         self.run.drop_rows_after(self.step)
+        if self.ranks.method is not None:
+            self.run.add_rank_column()
+        elif self.run.has_rank_column():
+            self.tracker.collect = self.ranks.with_rank
+        return details is not None
 
     def observe_attention_kernel(self) -> str:
         """Which attention kernel this model really calls: one forward pass of one sequence, random state kept."""
@@ -471,26 +521,32 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
     meant = {"device": plan.device.type, "precision": plan.precision, "model": model}
     if resumed:
         if run.info["model"].keys() != meant["model"].keys():
-            raise SettingsError(f"--resume {settings.resume}: that run was made by another version of this lab")
+            raise SettingsError(f"--resume {run.path}: that run was made by another version of this lab")
         if run.info["dataset"]["cache_key"] != data.description["cache_key"]:
-            raise SettingsError(f"--resume {settings.resume}: the text or tokenizer is not the one of that run")
+            raise SettingsError(f"--resume {run.path}: the text or tokenizer is not the one of that run")
         for name, value in meant.items():
             if run.info[name] != value:
                 raise SettingsError(
-                    f"--resume {settings.resume}: that run had {name} {run.info[name]}, here its settings "
+                    f"--resume {run.path}: that run had {name} {run.info[name]}, here its settings "
                     f"mean {value}; go on with it on a machine like the one it began on"
                 )
     training = Training(settings, plan, data, run, stop, ranks)
+    loaded = False
     if resumed:
-        training.load()
+        loaded = training.load(required=settings.resume is not None)
         here = {name: value for name, value in describe_environment(plan.device).items() if run.info.get(name) != value}
-        run.update(status="running", resumed=[*run.info.get("resumed", []), here])  # when, and what was different
+        here["step"] = training.step
+        ways = ranks.description()
+        if ways or "parallel" in run.info:
+            ways = {"parallel": None, "world_size": 1, "launcher": launcher()} | ways
+        run.update(status="running", resumed=[*run.info.get("resumed", []), here], **ways)  # when, what was different
     else:
         run.update(
             status="running",
             experiment=settings.experiment,
             run_name=run.path.name,
             **(describe_environment(plan.device) | meant | ranks.description()),
+            **({"launcher": launcher()} if ranks.joined else {}),
             settings=asdict(settings),
             batch_size=plan.batch_size,
             loss_chunk_tokens=plan.loss_chunk_tokens if plan.loss == "chunked" else None,
@@ -514,7 +570,7 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
         f"{training.flops_per_token / 1e6:,.1f} MFLOP a token; dense {plan.precision} peak: {peak}",
     ):
         print(line)
-    if settings.adjust_batch_size and not resumed:
+    if settings.adjust_batch_size and not loaded:
         training.search_batch_size()
     return training
 
@@ -606,14 +662,16 @@ def main() -> int:
     cuda = parse_settings(Settings).device != "cpu" and torch.cuda.is_available()
     with process_group(cuda) as ranks:
         status = run_once(ranks)
-        if status != 1:
-            leave(ranks)
+        leave(ranks, status)
         return status
 
 
 def run_once(ranks: Ranks) -> int:
     """Check everything that can be wrong with the input, make the run folder, run, and record how it ended."""
-    settings, run = ranks.together(read_settings)
+    settings, run = read_settings(ranks)
+    if run is not None and settings.resume is None and run.info.get("status") == "ok":
+        print(json.dumps({"run": str(run.path), "status": "ok", "finished": "before", **run.info["results"]}))
+        return 0
     ranks = ranks.together(lambda: check_launch(settings.parallel, ranks))
     plan = ranks.together(lambda: make_plan(settings, ranks.world_size))
     folder = Path(settings.output_folder) / settings.experiment
@@ -629,8 +687,10 @@ def run_once(ranks: Ranks) -> int:
     set_memory_budget(plan.device, settings.memory_budget_gib)
     name = settings.run_name or default_run_name(settings, plan)
 
+    begun = may_go_on(settings) and (folder / name).is_dir() and not (folder / name / "run.json").exists()
+
     def check_name() -> None:
-        if run is None and settings.run_name and (folder / name).exists():
+        if run is None and settings.run_name and (folder / name).exists() and not begun:
             raise SettingsError(
                 f"--run_name {name}: that folder already exists in {settings.experiment}; choose another"
             )
@@ -652,31 +712,36 @@ def run_once(ranks: Ranks) -> int:
     ranks.together(lambda: check_corpus(data, plan, settings))
     if run is None:
         run = ranks.first_alone(
-            lambda: RunFolder.create(
-                settings.output_folder, settings.experiment, name, unique=settings.run_name is None
+            lambda: (
+                RunFolder(folder / name)
+                if begun  # and ended before its run.json was written
+                else RunFolder.create(
+                    settings.output_folder, settings.experiment, name, unique=settings.run_name is None
+                )
             )
         )
         path = ranks.broadcast(run and run.path)
         run = run or RunFolder(path, writes=False)
-    with StopRequest() as stop:
+    with StopRequest(patient=ranks.world_size > 1) as stop:
         try:
             return run_training(settings, plan, data, run, stop, ranks)
         except (Interrupted, KeyboardInterrupt):
             run.update(status="interrupted")
-            saved = (run.path / "checkpoint").exists()
-            print(f"interrupted; go on with: python llm_train.py --resume {run.path}" if saved else "interrupted")
+            saved = newest(run.path / "checkpoint") is not None
+            print(f"interrupted; {how_to_go_on(run.path, ranks)}" if saved else "interrupted")
             print(json.dumps({"run": str(run.path), "status": "interrupted"}))
             return stop.exit_status
         except Exception as error:
+            if ranks.joined and is_lost(error):
+                return end_lost(run, ranks, error)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             status = "oom" if is_out_of_memory(error) else "error"
             if isinstance(error, OSError):
                 error = SettingsError(f"writing to {run.path} failed ({reason}); free space or change --output_folder")
-            if not (run.path / "run.json").exists():
+            if ranks.first and not (run.path / "run.json").exists():
                 shutil.rmtree(run.path, ignore_errors=True)  # nothing has begun: leave no half-made folder
-            elif run.info.get("status") == "running":  # a resumed run keeps its status if it fails before it goes on
-                with suppress(SettingsError):  # where the disk is full, the first error is the one to report
-                    run.update(status=status, error=reason)
+            elif ranks.first or not isinstance(error, AgreedError):
+                note_failure(run, ranks, status, reason)
             if isinstance(error, SettingsError):
                 raise error from None
             if status == "error" and not isinstance(error, FloatingPointError):
@@ -689,7 +754,7 @@ def run_once(ranks: Ranks) -> int:
             f"out of memory with batch size {run.info['batch_size']} ({reason}); {advice} "
             "--use_gradient_checkpointing true or --precision bf16"
         )
-    print(f"{run.path}: {reason}")
+    print(f"{run.path}: {reason}", file=sys.stdout if ranks.first else sys.stderr)
     print(json.dumps({"run": str(run.path), "status": status}))
     return 1
 

@@ -26,10 +26,12 @@ Rajbhandari et al. 2019, ZeRO, arXiv 1910.02054.
 import hashlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +61,9 @@ def is_lost(error: BaseException) -> bool:
     if isinstance(error, ProcessLost | dist.DistError):
         return True
     words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in words for sign in SIGNS_OF_LOSS)
+    # DCP's CheckpointException, which is no RuntimeError, holds the text of what went wrong on each rank.
+    told = isinstance(error, RuntimeError) or type(error).__name__ == "CheckpointException"
+    return told and any(sign in words for sign in SIGNS_OF_LOSS)
 
 
 @contextmanager
@@ -224,14 +228,31 @@ def process_group(cuda: bool) -> Iterator[Ranks]:
         if rank == 0:
             raise
         raise SystemExit(2) from error  # the first rank says it
+    except Exception as error:
+        if world_size > 1:
+            end_at_once(error, rank, 2 if isinstance(error, SettingsError) else 1)
+        raise
     finally:
         if rank > 0:
             sys.stdout.close()
             sys.stdout = output
 
 
-def leave(ranks: Ranks) -> None:
-    """End the process group; not after an error, because NCCL would wait for those who are gone."""
+def end_at_once(error: Exception | None, rank: int, status: int = 1) -> None:
+    """Leave without cleaning up: NCCL's would wait for the others, who wait for this process's end."""
+    if isinstance(error, SettingsError):
+        print(f"{Path(sys.argv[0]).name}: error: on rank {rank}: {error}", file=sys.stderr)
+    elif error is not None:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def leave(ranks: Ranks, status: int) -> None:
+    """End the process group after a run that returned `status`."""
+    if ranks.world_size > 1 and status == 1:
+        end_at_once(None, ranks.rank)
     if ranks.joined:
         dist.destroy_process_group()
 
@@ -305,7 +326,7 @@ def place_model(model: nn.Module, ranks: Ranks, device: torch.device, precision:
 
     Args:
         model: on the CPU, with its `blocks`, the same on every rank.
-        precision: of the run; in bf16 and fp8 the blocks' parameters are gathered in bf16. Autocast stays around it.
+        precision: of the run; in bf16 and fp8 a GPU's blocks are gathered in bf16. Autocast stays around it.
         entry: forward, or the method that the training calls instead.
     """
     if ranks.method != "fsdp":
@@ -314,7 +335,8 @@ def place_model(model: nn.Module, ranks: Ranks, device: torch.device, precision:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (ranks.world_size,))
-    half = torch.bfloat16 if precision in ("bf16", "fp8") else None
+    # On a CPU the norms under autocast cannot take bf16 weights beside fp32 hidden states.
+    half = torch.bfloat16 if precision in ("bf16", "fp8") and device.type == "cuda" else None
     # Gradients are summed in fp32, and the residual stream stays what it is in one process.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
@@ -354,10 +376,13 @@ def wrap_model(model: nn.Module, ranks: Ranks, device: torch.device, entry: str)
     """What the training calls for a forward pass."""
     if ranks.method != "ddp":
         return model if entry == "forward" else getattr(model, entry)
-    return nn.parallel.DistributedDataParallel(
+    ddp = nn.parallel.DistributedDataParallel
+    # Buffers never change; PyTorch 2.15 has another word for not sending them.
+    word = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
+    return ddp(
         Entry(model, entry),
         device_ids=[ranks.local_rank] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # they never change
+        **{word: False},
         gradient_as_bucket_view=True,  # otherwise gradients would be there twice
     )
 
