@@ -18,6 +18,7 @@ import tensorboard_log
 from attention_support import FULL, choose_backend, choose_flash_backend, parse_window, unsupported_reason
 from cross_entropy import CHUNK_TOKENS
 from dataset import TextData
+from parallel import check_batches, check_parallel
 from precision import AUTOCAST_DTYPES, FP8_MULTIPLE, fp8_unsupported_reason, set_precision
 from transformer_based_llm import SHAPE, ModelConfig, model_config, type_of_size
 from utils import GIB, SettingsError
@@ -48,9 +49,10 @@ class Plan:
     capacity_gib: float  # of the GPU or the budget
     limit_bytes: int | None  # budget for live tensors without a GPU; on a GPU the allocator keeps it
     notes: list[str]
+    world_size: int = 1  # processes; the batch size is that of all of them together
 
 
-def make_plan(settings: Any) -> Plan:
+def make_plan(settings: Any, world_size: int = 1) -> Plan:
     """Check the settings against each other and this machine, and fill in what they leave open.
 
     Raises:
@@ -192,6 +194,7 @@ def make_plan(settings: Any) -> Plan:
             f"--parameters {settings.parameters}: gradients are bf16, so the sum over the batches of an update is "
             "rounded to bf16 after each of them"
         )
+    check_batches(batch_size, settings.tokens_per_update, model.context_length, world_size)
     if settings.max_batch_size is not None and batch_size > settings.max_batch_size:
         if settings.batch_size is not None:
             raise SettingsError(f"--batch_size {batch_size} is above --max_batch_size {settings.max_batch_size}")
@@ -214,7 +217,8 @@ def make_plan(settings: Any) -> Plan:
         model=model,
         model_size=model_size,
         loss=settings.loss,
-        loss_chunk_tokens=settings.loss_chunk_tokens or min(CHUNK_TOKENS, -(-batch_size * model.context_length // 8)),
+        loss_chunk_tokens=settings.loss_chunk_tokens
+        or min(CHUNK_TOKENS, -(-batch_size // world_size * model.context_length // 8)),
         use_compile=settings.use_compile,
         autocast_precision=precision if settings.parameters == "fp32" else "fp32",
         fp8=fp8,
@@ -223,6 +227,7 @@ def make_plan(settings: Any) -> Plan:
         capacity_gib=capacity or free,
         limit_bytes=limit_bytes,
         notes=notes,
+        world_size=world_size,
     )
 
 
@@ -240,6 +245,8 @@ def check_techniques(settings: Any, precision: str, device: torch.device) -> Non
     reason = cross_entropy.unsupported_reason(settings.loss, device)
     if reason is not None:
         raise SettingsError(f"--loss {settings.loss} cannot run here: {reason}")
+    if settings.parallel is not None:
+        check_parallel(settings)
     reason = optimizers.unsupported_reason(
         settings.optimizer, settings.parameters, settings.optimizer_in_backward, device
     )
@@ -359,6 +366,8 @@ def default_run_name(settings: Any, plan: Plan) -> str:
         parts.append(f"dropout-{settings.dropout}")
     if settings.deterministic:
         parts.append("deterministic")
+    if settings.parallel is not None:
+        parts.append(f"{settings.parallel}-{plan.world_size}")
     parts.append("batch-max" if settings.adjust_batch_size else f"batch-{plan.batch_size}")
     if settings.tokens_per_update:
         parts.append(f"update-{settings.tokens_per_update}")
@@ -377,7 +386,8 @@ def check_corpus(data: TextData, plan: Plan, settings: Any) -> None:
     tokens = settings.tokens_per_update or plan.batch_size * context_length
     if tokens // context_length <= windows:
         return
-    if settings.batch_size is None and settings.tokens_per_update is None:
+    if settings.batch_size is None and settings.tokens_per_update is None and windows >= plan.world_size:
+        windows -= windows % plan.world_size
         plan.batch_size = windows
         plan.notes.append(f"the training split has only {windows} sequences: batch size {windows}")
         return

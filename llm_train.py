@@ -18,8 +18,9 @@ two techniques keep --tokens_per_update and --max_steps equal.
 import json
 import os
 import shutil
+import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,21 @@ from cross_entropy import LOSSES
 from dataset import DATASET_NAMES, DEFAULT_TOKENIZER, TextData, load_text_data
 from fused_gelu import GELUS
 from llm_plan import Plan, check_corpus, default_run_name, make_plan
-from llm_step import Batch, Objective, evaluate, training_step, unigram_perplexity
+from llm_step import Batch, Objective, entry_of, evaluate, training_step, unigram_perplexity
 from memory_tracker import MemoryTracker
 from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer, set_learning_rate
+from parallel import METHODS as PARALLEL
+from parallel import (
+    AgreedError,
+    Ranks,
+    check_launch,
+    eager,
+    is_lost,
+    leave,
+    lower_parameters,
+    place_model,
+    process_group,
+)
 from precision import FP8_LAYERS, FP8_RECIPES, PRECISIONS, convert_to_fp8, describe_fp8, make_scaler
 from run_folder import (
     Interrupted,
@@ -52,6 +65,8 @@ from run_folder import (
     now,
     write_atomically,
 )
+from run_restart import earlier_run, end_lost, how_to_go_on, launcher, may_go_on, note_failure
+from sharded_checkpoint import SINGLE, load_checkpoint, newest, remove_others, save_sharded
 from step_profile import profile_steps, profile_table
 from tensorboard_log import TensorBoardLog
 from training_state import capture, load_state, restore, save_state
@@ -109,6 +124,7 @@ class Settings:
     optimizer: str = setting("adamw", "adamw (fused on a GPU), adam (decay as L2), torchao's 8-bit", OPTIMIZERS)
     optimizer_in_backward: bool = setting(False, "update each parameter as soon as its gradient is there")
     parameters: str = setting("fp32", "bf16 parameters with an fp32 master copy or stochastic rounding", PARAMETERS)
+    parallel: str | None = setting(None, "under torchrun: ddp keeps a replica in each process, fsdp a shard", PARALLEL)
     learning_rate: float = setting(0.0005, "constant learning rate (after the warm-up)")
     warm_up_steps: int = setting(0, "updates over which the learning rate rises to it, in a line from nothing")
     weight_decay: float = setting(0.1, "weight decay")
@@ -152,6 +168,7 @@ class Settings:
     device: str = setting("auto", "auto is cuda if there is one", ["auto", "cpu", "cuda"])
     checkpoint_every_minutes: float | None = setting(None, "save the state this often")
     resume: str | None = setting(None, "run folder to go on with; its settings are used")
+    auto_resume: bool = setting(False, "go on with the run of --run_name if it was begun, else begin it")
     output_folder: str = setting("outputs", "folder of all results")
     experiment: str = setting("llm", "folder of this experiment's runs")
     run_name: str | None = setting(None, "folder of this run (default: named after its techniques)")
@@ -165,28 +182,39 @@ MAY_CHANGE_ON_RESUME = {
     "checkpoint_every_minutes",
     "log_every",
     "figures",
+    "parallel",
     "resume",
+    "auto_resume",
     "config",
 }
 
 
-def read_settings() -> tuple[Settings, RunFolder | None]:
-    """Settings from the command line, or those of the run that `--resume` names.
+def read_settings(ranks: Ranks) -> tuple[Settings, RunFolder | None]:
+    """Settings from the command line, or those of the run that this one goes on with (see run_restart.py).
 
     Raises:
         SettingsError: a setting that would change the resumed run was given another value.
     """
-    settings = parse_settings(Settings)
-    if settings.resume is None:
+    settings = ranks.together(lambda: parse_settings(Settings))
+    path = ranks.broadcast(ranks.first_alone(lambda: settings.resume or earlier_run(settings)))
+    if path is None:
         return settings, None
-    run = RunFolder.open(settings.resume)
+    return ranks.together(lambda: settings_of_run(path, ranks))
+
+
+def settings_of_run(path: str | Path, ranks: Ranks) -> tuple[Settings, RunFolder]:
+    """The settings of the run that is gone on with, with those from the command line that may change."""
+    run = RunFolder.open(path)
+    run.writes = ranks.first
     known = {field.name for field in fields(Settings)}
     saved = {name: value for name, value in run.info.get("settings", {}).items() if name in known}
+    if not ranks.joined:
+        saved["parallel"] = None  # a run of several processes goes on in one
     settings = parse_settings(Settings, saved=saved)
     for name, value in saved.items():
         if name not in MAY_CHANGE_ON_RESUME and getattr(settings, name) != value:
             raise SettingsError(
-                f"--resume {settings.resume}: that run has --{name} {value}, not {getattr(settings, name)}; "
+                f"--resume {path}: that run has --{name} {value}, not {getattr(settings, name)}; "
                 f"leave --{name} out, or start a new run"
             )
     return settings, run
@@ -200,14 +228,17 @@ def read_settings() -> tuple[Settings, RunFolder | None]:
 class Training:
     """What one run holds: model, optimizer, data, tracker, folder, and where it is."""
 
-    def __init__(self, settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest):
+    def __init__(self, settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest, ranks: Ranks):
         self.settings, self.plan, self.run, self.stop, self.device = settings, plan, run, stop, plan.device
+        self.ranks = ranks
         self.split = data.splits["train"]
         self.context_length = plan.model.context_length
         self.num_windows = self.split.num_windows(self.context_length)
         torch.manual_seed(settings.seed)
-        self.model = TransformerLM(plan.model).to(self.device)
-        self.fp8 = None if plan.fp8 is None else convert_to_fp8(self.model, **plan.fp8)
+        model = TransformerLM(plan.model)
+        self.fp8 = None if plan.fp8 is None else convert_to_fp8(model, **plan.fp8)
+        self.model = place_model(model, ranks, self.device, plan.precision, entry_of(plan))
+        exact = lower_parameters(self.model, ranks, settings.parameters)
         self.optimizer = make_optimizer(
             settings.optimizer,
             self.model.parameters(),
@@ -217,20 +248,32 @@ class Training:
             parameters=settings.parameters,
             in_backward=settings.optimizer_in_backward,
         )
-        self.objective = Objective(self.model, plan)
+        if exact is not None and settings.parameters == "bf16_master":
+            for parameter, values in zip(self.model.parameters(), exact, strict=True):
+                self.optimizer.state[parameter]["master"].copy_(values)
+        del exact
+        self.objective = Objective(self.model, plan, ranks)
         self.scaler = make_scaler(plan.precision, self.device)
         roots = (self.model, self.optimizer)
         self.tracker = MemoryTracker(self.device, run.path / "memory.csv", roots, plan.limit_bytes)
+        if ranks.method is not None:
+            self.tracker.collect, self.tracker.writes = ranks.with_rank, ranks.first
+            self.tracker.resized = ranks.method == "fsdp"
         # Without a GPU live tensors are counted operator by operator, and compiled code has no operators to count.
         self.can_track = self.device.type == "cuda" or not settings.use_compile
         self.flops_per_token = utils.training_flops_per_token(
             count_matmul_parameters(self.model), plan.model.num_layers, plan.model.embedding_dim, self.context_length
         )
-        name = utils.device_name(self.device)
+        name, world = utils.device_name(self.device), ranks.world_size  # the peak of all GPUs, as tokens/s are
+
+        def peak_of(precision: str) -> float | None:
+            peak = utils.peak_tflops(name, precision)
+            return None if peak is None else world * peak
+
         emulated = self.fp8 is not None and self.fp8["emulated"]  # its products do not run on FP8 units
-        self.peak_tflops = None if emulated else utils.peak_tflops(name, plan.precision)
+        self.peak_tflops = None if emulated else peak_of(plan.precision)
         # Of an FP8 run both are told: attention, head and all else run at bf16's rate, so neither is the whole truth.
-        self.peaks = {kind: utils.peak_tflops(name, kind) for kind in ("bf16", "fp8") if self.fp8 and not emulated}
+        self.peaks = {kind: peak_of(kind) for kind in ("bf16", "fp8") if self.fp8 and not emulated}
         self.batch_size = plan.batch_size
         self.step = 0
         self.seconds = 0.0  # of training alone, earlier processes included
@@ -254,14 +297,17 @@ class Training:
         return min(total, self.settings.max_steps or total)
 
     def batches_of_step(self, step: int) -> list[Batch]:
-        """Micro-batches of step 1, 2, ...; the order is a function of seed and epoch, so it needs no saved state."""
+        """This rank's part of the micro-batches of step 1, 2, ...
+
+        The order is a function of seed and epoch, so it needs no saved state.
+        """
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = self.split.order(self.context_length, self.settings.seed, epoch)
         chosen = self.order[place * self.sequences_per_update : (place + 1) * self.sequences_per_update]
         return [
-            self.split.batch(chosen[begin : begin + self.batch_size], self.context_length, self.device)
+            self.split.batch(self.ranks.mine(chosen[begin : begin + self.batch_size]), self.context_length, self.device)
             for begin in range(0, len(chosen), self.batch_size)
         ]
 
@@ -318,24 +364,30 @@ class Training:
 
         A resumed run compiles again; its note is that of its own process.
         """
-        tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
+        alone = self.ranks.method is None  # in a parallel run the optimizer waits, so there is nothing to put back
+        if alone:
+            tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
         begin = time.perf_counter()
         batches = self.batches_of_step(self.step + 1)
-        training_step(self.objective, self.optimizer, self.scaler, batches, MemoryTracker(self.device)).item()
+        silent = MemoryTracker(self.device)
+        training_step(self.objective, self.optimizer, self.scaler, batches, silent, update=alone).item()
         self.compile_s = round(time.perf_counter() - begin, 2)
-        restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
+        if alone:
+            restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
 
     def profile(self) -> None:
         """Leave profile.json: where the time of the next steps goes. They train on, after the last logged step."""
         batches = self.batches_of_step(self.step)
 
         def step(tracker: Any) -> None:
-            training_step(self.objective, self.optimizer, self.scaler, batches, tracker)
+            place = (self.settings.seed, self.step)
+            training_step(self.objective, self.optimizer, self.scaler, batches, tracker, place=place)
 
         options = {"model": self.model, "tokens": batches[0][0].numel(), "batches": len(batches)}
         options["precision"] = self.plan.precision
         result = profile_steps(step, self.settings.profile_steps, **options)
-        write_atomically(self.run.path / "profile.json", json.dumps(result, indent=2) + "\n")
+        if self.ranks.first:
+            write_atomically(self.run.path / "profile.json", json.dumps(result, indent=2) + "\n")
         print(profile_table(result))
 
     def train(self, log: StepLog) -> str:
@@ -346,14 +398,18 @@ class Training:
         limit = 60 * (settings.max_training_minutes or float("inf"))
         save_after = 60 * (settings.checkpoint_every_minutes or float("inf"))
         outcome = "done"
-        with tqdm(total=self.total_steps, initial=self.step, unit="step", desc="training") as bar:
+        options = {"unit": "step", "desc": "training", "disable": not self.ranks.first}
+        with tqdm(total=self.total_steps, initial=self.step, **options) as bar:
             while self.step < self.total_steps:
                 fetch = time.perf_counter()
                 self.seconds = earlier + fetch - begin
-                if self.stop.signal is not None or self.seconds >= limit:
-                    outcome = "signal" if self.stop.signal is not None else "time"
+                stop, late, due = self.ranks.agree(
+                    self.stop.signal is not None, self.seconds >= limit, fetch - saved >= save_after
+                )
+                if stop or late:
+                    outcome = "signal" if stop else "time"
                     break
-                if fetch - saved >= save_after:
+                if due:
                     self.flush(log, bar)
                     self.save(log)
                     saved = fetch = time.perf_counter()
@@ -368,7 +424,12 @@ class Training:
                 tracked = self.can_track and log.is_tracked(self.step)
                 log.clock.start()
                 with self.tracker.step(self.step) if tracked else nullcontext():
-                    loss = training_step(self.objective, self.optimizer, self.scaler, batches, self.tracker)
+                    place = (settings.seed, self.step)
+                    loss = training_step(
+                        self.objective, self.optimizer, self.scaler, batches, self.tracker, place=place
+                    )
+                if not self.ranks.first:
+                    continue
                 log.clock.stop()
                 log.add(self.step, loss, data_ms)
 
@@ -403,26 +464,56 @@ class Training:
         return max(self.measured_before, now_measured, key=lambda numbers: numbers.get("timed_steps", -1))
 
     def save(self, log: StepLog) -> None:
-        """Keep the training state in checkpoint/state.safetensors."""
+        """Keep the training state in checkpoint/: one file, of a parallel run the shards of all processes."""
+        folder = self.run.path / "checkpoint"
+        place = {"step": self.step, "seconds": self.seconds, "batch_size": self.batch_size}
+        place |= {"measured": self.measured(log)}
+        if self.ranks.method is not None:
+            save_sharded(folder, self.model, self.optimizer, self.scaler, place, self.ranks)
+            return
         tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
-        details |= {"step": self.step, "seconds": self.seconds, "batch_size": self.batch_size}
-        details |= {"measured": self.measured(log)}
-        save_state(self.run.path / "checkpoint" / "state.safetensors", tensors, details)
+        save_state(folder / SINGLE, tensors, details | place)
+        remove_others(folder, folder / SINGLE)
 
-    def load(self) -> None:
-        """Go on from checkpoint/state.safetensors: everything the losses depend on comes from it."""
-        tensors, details = load_state(self.run.path / "checkpoint" / "state.safetensors")
-        restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
-        self.step, self.seconds, self.batch_size = details["step"], details["seconds"], details["batch_size"]
-        self.measured_before = details["measured"]
+    def load(self, required: bool) -> bool:
+        """Go on from the newest checkpoint: everything the losses depend on comes from it. Whether there was one.
+
+        Args:
+            required: without a checkpoint raise SettingsError; otherwise the run begins again.
+        """
+        folder = self.run.path / "checkpoint"
+        path = self.ranks.broadcast(self.ranks.first_alone(lambda: newest(folder)))
+        details = None
+        if self.ranks.method is None and path in (None, folder / SINGLE):
+            if path is not None or required:
+                tensors, details = load_state(folder / SINGLE)
+                restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
+        elif path is not None:
+            details = load_checkpoint(path, self.model, self.optimizer, self.scaler, self.ranks)
+            torch.manual_seed(self.settings.seed + details["step"])  # a checkpoint of several processes has no state
+        elif required:
+            raise SettingsError(f"--resume: there is no checkpoint in {folder}; the run ended before one was saved")
+        if details is not None:
+            self.step, self.seconds, self.batch_size = details["step"], details["seconds"], details["batch_size"]
+            self.measured_before = details["measured"]
         self.run.drop_rows_after(self.step)
+        if self.ranks.method is not None:
+            self.run.add_rank_column()
+        elif self.run.has_rank_column():
+            self.tracker.collect = self.ranks.with_rank
+        return details is not None
 
     def observe_attention_kernel(self) -> str:
         """Which attention kernel this model really calls: one forward pass of one sequence, random state kept."""
         inputs, _ = self.split.batch(np.zeros(1, dtype=np.int64), self.context_length, self.device)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), observe_kernel() as observer, self.objective.autocast():
-            self.model(inputs)
+        with (
+            torch.random.fork_rng(devices),
+            observe_kernel() as observer,
+            self.objective.autocast(),
+            eager(self.ranks, self.plan.use_compile),
+        ):
+            self.objective.plain(inputs)
         return observer.name
 
     def alloc_retries(self) -> int:
@@ -432,7 +523,12 @@ class Training:
     def memory_headline(self) -> dict[str, Any]:
         """Peaks of a step, and how often the allocator gave memory back and asked again: above 0 it is nearly full."""
         retries = self.alloc_retries() - self.retries_before if self.tracker.cuda else None
-        return self.tracker.headline() | {"alloc_retries": retries}
+        by_rank: dict[int, float] = {}
+        for row in self.tracker.rows:
+            if "rank" in row and row["phase"] == "training_step":
+                by_rank[row["rank"]] = max(by_rank.get(row["rank"], 0.0), row["peak_allocated_gib"])
+        ranks = {"peak_allocated_gib_by_rank": list(by_rank.values())} if self.ranks.method is not None else {}
+        return self.tracker.headline() | {"alloc_retries": retries} | ranks
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -440,33 +536,39 @@ class Training:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest) -> Training:
+def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest, ranks: Ranks) -> Training:
     """Build the training; write the beginning of run.json, or, if it is there, go on from the run's checkpoint."""
     resumed = bool(run.info)
     model = json.loads(json.dumps(asdict(plan.model)))  # as run.json holds it
     meant = {"device": plan.device.type, "precision": plan.precision, "model": model}
     if resumed:
         if run.info["model"].keys() != meant["model"].keys():
-            raise SettingsError(f"--resume {settings.resume}: that run was made by another version of this lab")
+            raise SettingsError(f"--resume {run.path}: that run was made by another version of this lab")
         if run.info["dataset"]["cache_key"] != data.description["cache_key"]:
-            raise SettingsError(f"--resume {settings.resume}: the text or tokenizer is not the one of that run")
+            raise SettingsError(f"--resume {run.path}: the text or tokenizer is not the one of that run")
         for name, value in meant.items():
             if run.info[name] != value:
                 raise SettingsError(
-                    f"--resume {settings.resume}: that run had {name} {run.info[name]}, here its settings "
+                    f"--resume {run.path}: that run had {name} {run.info[name]}, here its settings "
                     f"mean {value}; go on with it on a machine like the one it began on"
                 )
-    training = Training(settings, plan, data, run, stop)
+    training = Training(settings, plan, data, run, stop, ranks)
+    loaded = False
     if resumed:
-        training.load()
+        loaded = training.load(required=settings.resume is not None)
         here = {name: value for name, value in describe_environment(plan.device).items() if run.info.get(name) != value}
-        run.update(status="running", resumed=[*run.info.get("resumed", []), here])  # when, and what was different
+        here["step"] = training.step
+        ways = ranks.description()
+        if ways or "parallel" in run.info:
+            ways = {"parallel": None, "world_size": 1, "launcher": launcher()} | ways
+        run.update(status="running", resumed=[*run.info.get("resumed", []), here], **ways)  # when, what was different
     else:
         run.update(
             status="running",
             experiment=settings.experiment,
             run_name=run.path.name,
-            **(describe_environment(plan.device) | meant),
+            **(describe_environment(plan.device) | meant | ranks.description()),
+            **({"launcher": launcher()} if ranks.joined else {}),
             settings=asdict(settings),
             batch_size=plan.batch_size,
             loss_chunk_tokens=plan.loss_chunk_tokens if plan.loss == "chunked" else None,
@@ -480,7 +582,8 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
             dataset=data.description,
             tokenizer=data.tokenizer,
         )
-        (run.path / "model_summary.txt").write_text(model_summary(training.model), encoding="utf-8")
+        if ranks.first:
+            (run.path / "model_summary.txt").write_text(model_summary(training.model), encoding="utf-8")
     peak = f"{training.peak_tflops} TFLOP/s" if training.peak_tflops else "unknown for this device, so no MFU"
     for line in (
         *plan.notes,
@@ -491,14 +594,16 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
         f"{training.flops_per_token / 1e6:,.1f} MFLOP a token; dense {plan.precision} peak: {peak}",
     ):
         print(line)
-    if settings.adjust_batch_size and not resumed:
+    if settings.adjust_batch_size and not loaded:
         training.search_batch_size()
     return training
 
 
-def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest) -> int:
+def run_training(
+    settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest, ranks: Ranks
+) -> int:
     """Train, evaluate, write results and pictures; returns the exit status."""
-    training = start(settings, plan, data, run, stop)
+    training = start(settings, plan, data, run, stop, ranks)
     log = StepLog(
         run,
         plan.device,
@@ -536,10 +641,13 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
         except Interrupted:
             training.save(log)  # nothing is left to train, but the metrics can be had with --resume
             raise
-        metrics["unigram_perplexity"] = unigram_perplexity(data.splits["train"], split, plan.model.vocab_size)
-        results |= {f"{settings.evaluate_on}_{name}": value for name, value in metrics.items()}
     if settings.profile_steps:
         training.profile()
+    if not ranks.first:
+        return 0
+    if metrics is not None:
+        metrics["unigram_perplexity"] = unigram_perplexity(data.splits["train"], split, plan.model.vocab_size)
+        results |= {f"{settings.evaluate_on}_{name}": value for name, value in metrics.items()}
     run.update(status="ok", stopped_by=outcome, finished_at=now(), results=results)
     if settings.figures:
         import plot  # matplotlib takes seconds to load
@@ -581,10 +689,24 @@ def run_training(settings: Settings, plan: Plan, data: TextData, run: RunFolder,
 
 
 def main() -> int:
+    """Join the processes that torchrun started, or be alone, and run."""
+    cuda = parse_settings(Settings).device != "cpu" and torch.cuda.is_available()
+    with process_group(cuda) as ranks:
+        status = run_once(ranks)
+        leave(ranks, status)
+        return status
+
+
+def run_once(ranks: Ranks) -> int:
     """Check everything that can be wrong with the input, make the run folder, run, and record how it ended."""
-    settings, run = read_settings()
-    plan = make_plan(settings)
-    check_writable(Path(settings.output_folder) / settings.experiment, "--output_folder")
+    settings, run = read_settings(ranks)
+    if run is not None and settings.resume is None and run.info.get("status") == "ok":
+        print(json.dumps({"run": str(run.path), "status": "ok", "finished": "before", **run.info["results"]}))
+        return 0
+    ranks = ranks.together(lambda: check_launch(settings.parallel, ranks))
+    plan = ranks.together(lambda: make_plan(settings, ranks.world_size))
+    folder = Path(settings.output_folder) / settings.experiment
+    ranks.first_alone(lambda: check_writable(folder, "--output_folder"))
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -595,40 +717,62 @@ def main() -> int:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     set_memory_budget(plan.device, settings.memory_budget_gib)
     name = settings.run_name or default_run_name(settings, plan)
-    if run is None and settings.run_name and (Path(settings.output_folder) / settings.experiment / name).exists():
-        raise SettingsError(f"--run_name {name}: that folder already exists in {settings.experiment}; choose another")
-    data = load_text_data(
-        dataset_name=settings.dataset_name,
-        dataset_path=settings.dataset_path,
-        max_documents=settings.max_documents,
-        split_seed=settings.split_seed,
-        tokenizer_type=settings.tokenizer_type,
-        tokenizer=settings.tokenizer,
-        vocab_size=plan.model.vocab_size,
-        cache_folder=settings.cache_folder,
+
+    begun = may_go_on(settings) and (folder / name).is_dir() and not (folder / name / "run.json").exists()
+
+    def check_name() -> None:
+        if run is None and settings.run_name and (folder / name).exists() and not begun:
+            raise SettingsError(
+                f"--run_name {name}: that folder already exists in {settings.experiment}; choose another"
+            )
+
+    ranks.first_alone(check_name)
+    data = ranks.first_then_others(
+        lambda: load_text_data(
+            dataset_name=settings.dataset_name,
+            dataset_path=settings.dataset_path,
+            max_documents=settings.max_documents,
+            split_seed=settings.split_seed,
+            tokenizer_type=settings.tokenizer_type,
+            tokenizer=settings.tokenizer,
+            vocab_size=plan.model.vocab_size,
+            cache_folder=settings.cache_folder,
+            progress=ranks.first,
+        )
     )
-    check_corpus(data, plan, settings)
+    ranks.together(lambda: check_corpus(data, plan, settings))
     if run is None:
-        run = RunFolder.create(settings.output_folder, settings.experiment, name, unique=settings.run_name is None)
-    with StopRequest() as stop:
+        run = ranks.first_alone(
+            lambda: (
+                RunFolder(folder / name)
+                if begun  # and ended before its run.json was written
+                else RunFolder.create(
+                    settings.output_folder, settings.experiment, name, unique=settings.run_name is None
+                )
+            )
+        )
+        path = ranks.broadcast(run and run.path)
+        run = run or RunFolder(path, writes=False)
+    with StopRequest(patient=ranks.world_size > 1) as stop:
         try:
-            return run_training(settings, plan, data, run, stop)
+            return run_training(settings, plan, data, run, stop, ranks)
         except (Interrupted, KeyboardInterrupt):
             run.update(status="interrupted")
-            saved = (run.path / "checkpoint").exists()
-            print(f"interrupted; go on with: python llm_train.py --resume {run.path}" if saved else "interrupted")
+            saved = newest(run.path / "checkpoint") is not None
+            print(f"interrupted; {how_to_go_on(run.path, ranks)}" if saved else "interrupted")
             print(json.dumps({"run": str(run.path), "status": "interrupted"}))
             return stop.exit_status
         except Exception as error:
+            if ranks.joined and is_lost(error):
+                return end_lost(run, ranks, error)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             status = "oom" if is_out_of_memory(error) else "error"
             if isinstance(error, OSError):
                 error = SettingsError(f"writing to {run.path} failed ({reason}); free space or change --output_folder")
-            if not (run.path / "run.json").exists():
+            if ranks.first and not (run.path / "run.json").exists():
                 shutil.rmtree(run.path, ignore_errors=True)  # nothing has begun: leave no half-made folder
-            elif run.info.get("status") == "running":  # a resumed run keeps its status if it fails before it goes on
-                with suppress(SettingsError):  # where the disk is full, the first error is the one to report
-                    run.update(status=status, error=reason)
+            elif ranks.first or not isinstance(error, AgreedError):
+                note_failure(run, ranks, status, reason)
             if isinstance(error, SettingsError):
                 raise error from None
             if status == "error" and not isinstance(error, FloatingPointError):
@@ -641,7 +785,7 @@ def main() -> int:
             f"out of memory with batch size {run.info['batch_size']} ({reason}); {advice} "
             "--use_gradient_checkpointing true or --precision bf16"
         )
-    print(f"{run.path}: {reason}")
+    print(f"{run.path}: {reason}", file=sys.stdout if ranks.first else sys.stderr)
     print(json.dumps({"run": str(run.path), "status": status}))
     return 1
 

@@ -36,6 +36,11 @@ def to_bfloat16(parameter: nn.Parameter) -> torch.Tensor:
     return before
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a tensor sharded over processes this one's part, otherwise the tensor; the update is elementwise."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def stochastic_round(values: torch.Tensor) -> torch.Tensor:
     """fp32 to bf16, up or down with the probability that keeps the mean; infinite and NaN stay.
 
@@ -127,13 +132,14 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
 
     def update(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
         """One parameter by plain PyTorch: the reference of the kernel."""
-        gradient = parameter.grad.float()
+        gradient = local(parameter.grad).float()
+        first, second = local(state["exp_avg"]), local(state["exp_avg_sq"])
         if self.master:
-            kept = [state["master"], state["exp_avg"], state["exp_avg_sq"]]
+            kept = [local(state["master"]), first, second]
             adamw_update(kept[0], gradient, *kept[1:], state["step"], group["lr"], group["weight_decay"])
-            parameter.copy_(kept[0])
+            local(parameter).copy_(kept[0])
         else:
-            kept = [parameter, state["exp_avg"], state["exp_avg_sq"]]
+            kept = [local(parameter), first, second]
             exact = [tensor.float() for tensor in kept]
             adamw_update(exact[0], gradient, *exact[1:], state["step"], group["lr"], group["weight_decay"])
             for tensor, values in zip(kept, exact, strict=True):
@@ -141,12 +147,12 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
 
     def row(self, parameter: nn.Parameter) -> list[int]:
         """The addresses the kernel works on, and the number of elements (in place of the master copy: 0)."""
-        if not parameter.grad.is_contiguous():
+        if not local(parameter.grad).is_contiguous():
             parameter.grad = parameter.grad.contiguous()
         state = self.state[parameter]
         tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
-        master = state["master"].data_ptr() if self.master else 0
-        return [*(tensor.data_ptr() for tensor in tensors), master, parameter.numel()]
+        master = local(state["master"]).data_ptr() if self.master else 0
+        return [*(local(tensor).data_ptr() for tensor in tensors), master, local(parameter).numel()]
 
     def launch(self, rows: dict[nn.Parameter, list[int]], step: int, aligned: bool, group: dict[str, Any]) -> None:
         """One kernel for all the parameters: a table of addresses, and for each program a row and a block of it."""
@@ -157,7 +163,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         if known is None or known[0] != addresses:  # gradients often lie where they lay in the last step
             table = torch.tensor(addresses).pin_memory().to(device, non_blocking=True)
             if known is None:
-                counts = torch.tensor([-(-parameter.numel() // ELEMENTS_PER_PROGRAM) for parameter in rows])
+                counts = torch.tensor([-(-row[-1] // ELEMENTS_PER_PROGRAM) for row in rows.values()])
                 row_numbers = torch.arange(len(rows)).repeat_interleave(counts)
                 blocks = torch.arange(len(row_numbers)) - (counts.cumsum(0) - counts)[row_numbers]
                 programs = torch.stack([row_numbers, blocks], 1).to(device, torch.int32)  # (programs, 2)

@@ -23,7 +23,7 @@ about an out-of-memory error. Neither holds the CUDA context (some hundred MiB).
 
 import csv
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,13 +53,15 @@ class LiveTensorCounter(TorchDispatchMode):
     Every operator's inputs and outputs are looked at: a storage not met before is added once (views share it), and
     subtracted when PyTorch frees it. `limit_bytes` makes it raise torch.OutOfMemoryError, the error a full GPU gives,
     as soon as the live bytes exceed it. Tensors that exist before and take no part in an operator must be named with
-    `add`.
+    `add`. With `resized` the sizes are looked up again before every operator: FSDP empties the storages of gathered
+    parameters and fills them again, without an operator that could be seen.
     """
 
-    def __init__(self, limit_bytes: int | None = None):
+    def __init__(self, limit_bytes: int | None = None, resized: bool = False):
         super().__init__()
-        self.limit_bytes = limit_bytes
+        self.limit_bytes, self.resized = limit_bytes, resized
         self.live: dict[int, weakref.ref] = {}
+        self.sizes: dict[int, int] = {}
         self.current_bytes = 0
         self.peak_bytes = 0
 
@@ -70,21 +72,31 @@ class LiveTensorCounter(TorchDispatchMode):
         empty and only claims a size.
         """
         if is_traceable_wrapper_subclass(tensor):
-            for name in tensor.__tensor_flatten__()[0]:
-                self.add(getattr(tensor, name))
+            for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+                if isinstance(part, torch.Tensor):  # of a sharded tensor it also names the processes
+                    self.add(part)
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.live:
             return
-        size = storage.nbytes()
+        self.sizes[key] = storage.nbytes()
 
-        def freed(_: weakref.ref, key: int = key, size: int = size) -> None:
-            self.current_bytes -= size
+        def freed(_: weakref.ref, key: int = key) -> None:
+            self.current_bytes -= self.sizes.pop(key)
             self.live.pop(key, None)
 
         self.live[key] = weakref.ref(storage, freed)
-        self.current_bytes += size
+        self.current_bytes += self.sizes[key]
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+
+    def look_up_sizes(self) -> None:
+        """Take over the present sizes of the live storages."""
+        for key, reference in list(self.live.items()):
+            storage = reference()
+            if storage is not None and storage.nbytes() != self.sizes[key]:
+                self.current_bytes += storage.nbytes() - self.sizes[key]
+                self.sizes[key] = storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
 
     def add_all(self, roots: tuple[Any, ...]) -> None:
@@ -101,6 +113,8 @@ class LiveTensorCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.resized:
+            self.look_up_sizes()
         result = func(*args, **kwargs)
         for value in tree_iter((args, kwargs, result)):
             if isinstance(value, torch.Tensor):
@@ -139,12 +153,18 @@ class MemoryTracker:
         csv_path: appended to, one row per phase and measured step; None keeps the rows in memory only.
         roots: modules and optimizers whose tensors exist before a phase begins (needed without a GPU).
         limit_bytes: without a GPU, live bytes beyond this raise torch.OutOfMemoryError while a step is measured.
+        resized: without a GPU, see LiveTensorCounter.
+        collect: in a parallel run, given this rank's new rows returns those of all ranks, with a column `rank`.
+        writes: whether `csv_path` is this process's to write.
     """
 
     device: torch.device
     csv_path: Path | None = None
     roots: tuple[Any, ...] = ()
     limit_bytes: int | None = None
+    resized: bool = False
+    collect: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None
+    writes: bool = True
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -178,7 +198,7 @@ class MemoryTracker:
         """Measure the phases inside as step `number`; rows are written when it ends, unless it ends in an error."""
         self.active, self.open_phases, self.step_rows = True, [], {}
         if not self.cuda:
-            self.counter = LiveTensorCounter(self.limit_bytes)
+            self.counter = LiveTensorCounter(self.limit_bytes, self.resized)
             self.counter.add_all(self.roots)
         try:
             with nullcontext() if self.cuda else self.counter:
@@ -233,12 +253,14 @@ class MemoryTracker:
             )
             for row in self.step_rows.values()
         ]
+        if self.collect is not None:
+            new = self.collect(new)
         self.rows += new
-        if self.csv_path is None:
+        if self.csv_path is None or not self.writes or not new:
             return
         try:
             with self.csv_path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer = csv.DictWriter(file, list(new[0]), lineterminator="\n")
                 if file.tell() == 0:
                     writer.writeheader()
                 writer.writerows(new)
@@ -250,7 +272,7 @@ class MemoryTracker:
     # -- results -----------------------------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, dict[str, float | str]]:
-        """For each phase, in the order met, the maximum over the measured steps of every column (GiB)."""
+        """For each phase, in the order met, the maximum over measured steps (and ranks) of every column (GiB)."""
         result: dict[str, dict[str, float | str]] = {}
         for row in self.rows:
             best = result.setdefault(row["phase"], {column: row[column] for column in COLUMNS[2:]})

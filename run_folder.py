@@ -55,8 +55,8 @@ def write_atomically(path: Path, text: str) -> None:
 class RunFolder:
     """outputs/<experiment>/<run_name>/ with run.json (start and end of a run) and steps.jsonl (one line a step)."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes  # of the processes of a parallel run one writes
         self.info: dict[str, Any] = {}
 
     @classmethod
@@ -119,7 +119,26 @@ class RunFolder:
             rows = [row for row in rows if row.count(",") == header.count(",") and int(row.split(",")[0]) <= step]
             self._write(lambda: write_atomically(memory, "".join(line + "\n" for line in [header, *rows])))
 
+    def add_rank_column(self) -> None:
+        """Before a run of one process goes on in several: its rows of memory.csv are those of rank 0."""
+        memory = self.path / "memory.csv"
+        if memory.exists() and memory.stat().st_size:
+            header, *rows = memory.read_text(encoding="utf-8").splitlines()
+            if not header.endswith(",rank"):
+                lines = [f"{header},rank", *(f"{row},0" for row in rows)]
+                self._write(lambda: write_atomically(memory, "".join(line + "\n" for line in lines)))
+
+    def has_rank_column(self) -> bool:
+        """Whether memory.csv is that of a parallel run."""
+        memory = self.path / "memory.csv"
+        if not memory.exists():
+            return False
+        with memory.open(encoding="utf-8") as file:
+            return file.readline().rstrip().endswith(",rank")
+
     def _write(self, action: Callable[[], None]) -> None:
+        if not self.writes:
+            return
         try:
             action()
         except OSError as error:
@@ -354,8 +373,9 @@ class Interrupted(Exception):
 class StopRequest:
     """Notes the first Ctrl-C or SIGTERM so that a loop can finish its step and save; the second one ends at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.signal: int | None = None
+        self.patient = patient  # under torchrun a signal can come twice, from the job and from torchrun
 
     def __enter__(self) -> "StopRequest":
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -367,6 +387,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal is not None:
+            if self.patient:
+                return
             raise KeyboardInterrupt
         self.signal = number
 

@@ -1,0 +1,81 @@
+"""Started by torchrun from the tests: calls llm_train.py once for each list of flags in a JSON file, one after another.
+
+Importing PyTorch takes longer than training a tiny model, so many runs share their processes. What each of them
+printed and its exit status are left in `<file>.<rank>`, with the collectives that training steps made.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import llm_train
+from utils import run_script
+
+
+def call(argv: list[str]) -> dict:
+    """One run in this process: status, standard output and error."""
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with (
+        patch.object(sys, "argv", ["llm_train.py", *argv]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            run_script(llm_train.main)
+        except SystemExit as end:
+            status = end.code
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc(file=err)
+            status = f"{type(error).__name__}: {error}"
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch._dynamo.reset()
+    return {"status": status, "stdout": out.getvalue(), "stderr": err.getvalue()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    path = Path(sys.argv[1])
+    results, count = [], Counter()
+    real = llm_train.training_step
+
+    def signalled(*args: object, **kwargs: object) -> torch.Tensor:
+        if kwargs["place"][1] == case["step"] and os.environ["RANK"] == "1" and not restarted:
+            os.kill(os.getpid(), signal.Signals[case["signal"]])
+        return real(*args, **kwargs)
+
+    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            loss = real(*args, **kwargs)
+        for event in profiler.key_averages():
+            if event.key.startswith("gloo:"):
+                count[event.key] += event.count
+        return loss
+
+    cases = json.loads(path.read_text())
+    port = 20000 + os.getppid() % 9000
+    for number, case in enumerate(cases):
+        count.clear()
+        if len(cases) > 1:  # the keys in torchrun's own store would be those of the run before
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port + number)}
+        step = counted if case.get("count") else signalled if case.get("signal") else real
+        with patch.object(llm_train, "training_step", step):
+            results.append(call(case["argv"]) | {"collectives": dict(count)})
+        Path(f"{path}.{os.environ.get('RANK', '0')}").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
