@@ -20,8 +20,9 @@ from cross_entropy import cross_entropy, linear_cross_entropy
 from dataset import TokenSplit
 from llm_plan import Plan
 from memory_tracker import MemoryTracker
-from parallel import ALONE, Ranks, compile_blocks, eager, sending_gradients, wrap_model
+from parallel import compile_blocks, eager, sending_gradients, wrap_model
 from precision import autocast
+from processes import ALONE, Ranks
 from run_folder import Interrupted, StopRequest
 from transformer_based_llm import TransformerLM
 

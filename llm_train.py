@@ -43,18 +43,9 @@ from llm_step import Batch, Objective, entry_of, evaluate, training_step, unigra
 from memory_tracker import MemoryTracker
 from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer, set_learning_rate
 from parallel import METHODS as PARALLEL
-from parallel import (
-    AgreedError,
-    Ranks,
-    check_launch,
-    eager,
-    is_lost,
-    leave,
-    lower_parameters,
-    place_model,
-    process_group,
-)
+from parallel import eager, lower_parameters, place_model
 from precision import FP8_LAYERS, FP8_RECIPES, PRECISIONS, convert_to_fp8, describe_fp8, make_scaler
+from processes import AgreedError, Ranks, check_launch, is_lost, leave, process_group
 from run_folder import (
     Interrupted,
     RunFolder,
@@ -65,7 +56,7 @@ from run_folder import (
     now,
     write_atomically,
 )
-from run_restart import earlier_run, end_lost, how_to_go_on, launcher, may_go_on, note_failure
+from run_restart import earlier_run, end_lost, how_to_go_on, is_restart, launcher, note_failure
 from sharded_checkpoint import SINGLE, load_checkpoint, newest, remove_others, save_sharded
 from step_profile import profile_steps, profile_table
 from tensorboard_log import TensorBoardLog
@@ -196,7 +187,8 @@ def read_settings(ranks: Ranks) -> tuple[Settings, RunFolder | None]:
         SettingsError: a setting that would change the resumed run was given another value.
     """
     settings = ranks.together(lambda: parse_settings(Settings))
-    path = ranks.broadcast(ranks.first_alone(lambda: settings.resume or earlier_run(settings)))
+    restarted = ranks.agree(is_restart())[0]
+    path = ranks.broadcast(ranks.first_alone(lambda: settings.resume or earlier_run(settings, restarted)))
     if path is None:
         return settings, None
     return ranks.together(lambda: settings_of_run(path, ranks))
@@ -558,6 +550,7 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
         loaded = training.load(required=settings.resume is not None)
         here = {name: value for name, value in describe_environment(plan.device).items() if run.info.get(name) != value}
         here["step"] = training.step
+        run.info.pop("error", None)
         ways = ranks.description()
         if ways or "parallel" in run.info:
             ways = {"parallel": None, "world_size": 1, "launcher": launcher()} | ways
@@ -718,7 +711,11 @@ def run_once(ranks: Ranks) -> int:
     set_memory_budget(plan.device, settings.memory_budget_gib)
     name = settings.run_name or default_run_name(settings, plan)
 
-    begun = may_go_on(settings) and (folder / name).is_dir() and not (folder / name / "run.json").exists()
+    begun = (
+        (settings.auto_resume or is_restart())
+        and (folder / name).is_dir()
+        and not (folder / name / "run.json").exists()
+    )
 
     def check_name() -> None:
         if run is None and settings.run_name and (folder / name).exists() and not begun:

@@ -23,258 +23,24 @@ Sources: Li et al. 2020, PyTorch Distributed, arXiv 2006.15704; Zhao et al. 2023
 Rajbhandari et al. 2019, ZeRO, arXiv 1910.02054.
 """
 
-import hashlib
-import os
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from inspect import signature
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
-from utils import SettingsError
+from memory_tracker import MemoryTracker
+from processes import AgreedError, Ranks, leave, process_group
+from run_folder import StepClock
+from technique_bench import relative_error
+from utils import GIB, SettingsError, parse_settings, percentile, run_script, setting
 
 METHODS = ("ddp", "fsdp")
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = timedelta(minutes=30)  # for a rank that is late, such as the first one while it makes the token files
-SIGNS_OF_LOSS = ("connection closed", "connection reset", "broken pipe", "gloo/transport", "nccl", "socket")
-Result = TypeVar("Result")
-
-
-class ProcessLost(RuntimeError):
-    """Another process of the run is gone, so that nothing can be agreed on any more."""
-
-
-class AgreedError(SettingsError):
-    """A wrong setting or input that all ranks know of, so that one of them may say it."""
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether an error only says that another process is gone (its own error, if it had one, is told by that one)."""
-    if isinstance(error, ProcessLost | dist.DistError):
-        return True
-    words = str(error).lower()
-    # DCP's CheckpointException, which is no RuntimeError, holds the text of what went wrong on each rank.
-    told = isinstance(error, RuntimeError) or type(error).__name__ == "CheckpointException"
-    return told and any(sign in words for sign in SIGNS_OF_LOSS)
-
-
-@contextmanager
-def _talking() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise ProcessLost(" ".join(str(error).split())) from None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The processes, and what they agree on
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those of the run; alone (the default) every method is what one process does anyway.
-
-    What is agreed on goes through gloo on the host: it waits for the other hosts, never for a GPU.
-    """
-
-    method: str | None = None
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    joined: bool = False  # there is a process group
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the one that prints and writes the run folder."""
-        return self.rank == 0
-
-    def agree(self, *flags: bool) -> list[bool]:
-        """Each flag: whether any rank has it set."""
-        if not self.joined:
-            return list(flags)
-        values = torch.tensor(flags, dtype=torch.int32)
-        with _talking():
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return [bool(value) for value in values.tolist()]
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value."""
-        if not self.joined:
-            return value
-        values = [value]
-        with _talking():
-            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
-        return values[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank; on all of them."""
-        if not self.joined:
-            return [value]
-        values = [None] * self.world_size
-        with _talking():
-            dist.all_gather_object(values, value)
-        return values
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks, in place; on a GPU nobody waits for it."""
-        if self.joined:
-            dist.all_reduce(value)
-        return value
-
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over the ranks, in place."""
-        return self.sum(value).div_(self.world_size) if self.joined else value
-
-    def together(self, action: Callable[[], Result]) -> Result:
-        """What every rank does before training; if it fails on one, all raise the first rank's SettingsError."""
-        if not self.joined:
-            return action()
-        result, problem = None, None
-        try:
-            result = action()
-        except SettingsError as error:
-            problem = str(error)
-        for rank, found in enumerate(self.gather(problem)):
-            if found is not None:
-                raise AgreedError(found if rank == 0 else f"on rank {rank}: {found}")
-        return result
-
-    def first_alone(self, action: Callable[[], Result]) -> Result | None:
-        """What only rank 0 does; its result there, None elsewhere. All raise its SettingsError."""
-        return self.together(lambda: action() if self.first else None)
-
-    def first_then_others(self, action: Callable[[], Result]) -> Result:
-        """Rank 0 does it first, so that the others find what it left (a cache of files)."""
-        result = self.first_alone(action)
-        return result if not self.joined else self.together(lambda: result if self.first else action())
-
-    def mine(self, items: Any) -> Any:
-        """This rank's contiguous slice; the lengths of all slices differ by one at most."""
-        begin, end = (len(items) * place // self.world_size for place in (self.rank, self.rank + 1))
-        return items[begin:end]
-
-    def with_rank(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Every rank's rows with a column `rank`."""
-        return [row | {"rank": rank} for rank, own in enumerate(self.gather(rows)) for row in own]
-
-    def reseed(self, *place: int | str, alike: bool = False) -> None:
-        """In a parallel run: random numbers that follow from the seed and the step, so that no state need be kept.
-
-        Args:
-            place: seed, step and what is drawn.
-            alike: the same on all ranks; without it dropout differs from rank to rank, as it must.
-        """
-        if self.method is None:
-            return
-        words = "/".join(map(str, (*place, 0 if alike else self.rank)))
-        torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7]))
-
-    def description(self) -> dict[str, Any]:
-        """For run.json."""
-        return {} if self.method is None else {"parallel": self.method, "world_size": self.world_size}
-
-
-ALONE = Ranks()
-
-
-def launched() -> bool:
-    """Whether torchrun, or something like it, started this process."""
-    return all(name in os.environ for name in VARIABLES)
-
-
-@contextmanager
-def process_group(cuda: bool) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, `method` still open; without torchrun this process is alone.
-
-    Ranks other than the first print nothing: their standard output is closed.
-
-    Args:
-        cuda: the run is to use a GPU, LOCAL_RANK's, and NCCL beside gloo.
-
-    Raises:
-        SettingsError: there are more processes on this machine than GPUs.
-    """
-    if not launched():
-        yield ALONE
-        return
-    rank, local_rank, world_size = (int(os.environ[name]) for name in VARIABLES[:3])
-    device = None
-    if cuda:
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise SettingsError(
-                f"torchrun started process {local_rank + 1} on a machine with {count} GPUs; lower --nproc_per_node "
-                "or use --device cpu"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    with _talking():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device)
-    output = sys.stdout
-    if rank > 0:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    try:
-        yield Ranks(None, rank, local_rank, world_size, joined=True)
-    except AgreedError as error:
-        if rank == 0:
-            raise
-        raise SystemExit(2) from error  # the first rank says it
-    except Exception as error:
-        if world_size > 1:
-            end_at_once(error, rank, 2 if isinstance(error, SettingsError) else 1)
-        raise
-    finally:
-        if rank > 0:
-            sys.stdout.close()
-            sys.stdout = output
-
-
-def end_at_once(error: Exception | None, rank: int, status: int = 1) -> None:
-    """Leave without cleaning up: NCCL's would wait for the others, who wait for this process's end."""
-    if isinstance(error, SettingsError):
-        print(f"{Path(sys.argv[0]).name}: error: on rank {rank}: {error}", file=sys.stderr)
-    elif error is not None:
-        traceback.print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def leave(ranks: Ranks, status: int) -> None:
-    """End the process group after a run that returned `status`."""
-    if ranks.world_size > 1 and status == 1:
-        end_at_once(None, ranks.rank)
-    if ranks.joined:
-        dist.destroy_process_group()
-
-
-def check_launch(method: str | None, ranks: Ranks) -> Ranks:
-    """The ranks with their method.
-
-    Raises:
-        SettingsError: torchrun without --parallel, or --parallel without torchrun.
-    """
-    script = Path(sys.argv[0]).name
-    if method is not None and not ranks.joined:
-        raise SettingsError(
-            f"--parallel {method} needs processes: torchrun --nproc_per_node=2 {script} --parallel {method} ...; "
-            "for a single process leave --parallel out"
-        )
-    if method is None and ranks.world_size > 1:
-        raise SettingsError(
-            f"torchrun started {ranks.world_size} processes and each would train the same; add --parallel ddp or "
-            "--parallel fsdp, or start the script without torchrun"
-        )
-    return replace(ranks, method=method)
 
 
 def check_parallel(settings: Any) -> None:
@@ -432,3 +198,147 @@ def sent_bytes(method: str | None, world_size: int, parameters: int, gathered_by
     """Bytes each GPU sends in an update."""
     once = {None: 0, "ddp": 2 * 4, "fsdp": 4 + 2 * gathered_bytes}[method]
     return parameters * once * (world_size - 1) / world_size
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Both alone
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """Settings of `torchrun --nproc_per_node=N parallel.py`."""
+
+    num_layers: int | None = setting(None, "blocks (default: 12 with a GPU, 4 without)")
+    width: int | None = setting(None, "width of a block (default: 2048 with a GPU, 256 without)")
+    vocab_size: int | None = setting(None, "entries of embedding and head (default: 32000 with a GPU, 512 without)")
+    tokens: int | None = setting(None, "in the batch of all processes (default: 8192 a GPU, 256 a process without)")
+    repeats: int = setting(10, "timed steps")
+
+
+class Block(nn.Module):
+    """A residual MLP: 8 x width^2 parameters."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.expand, self.contract = (nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.contract(F.gelu(self.expand(hidden_states)))
+
+
+class Stack(nn.Module):
+    """Embedding, blocks, head."""
+
+    def __init__(self, num_layers: int, width: int, vocab_size: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(num_layers))
+        self.head = nn.Linear(width, vocab_size, bias=False)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.embedding(token_ids)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return self.head(hidden_states)
+
+
+def gradients_of(model: nn.Module) -> list[torch.Tensor]:
+    """The whole gradients, wherever their parts are."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return [value.full_tensor() if hasattr(value, "full_tensor") else value.clone() for value in gradients]
+
+
+def measure_method(settings: Settings, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Gradients, median time of a step and peak memory by rank of one method; None is one process with all tokens."""
+    torch.manual_seed(0)
+    model = Stack(settings.num_layers, settings.width, settings.vocab_size)
+    own = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    ids = torch.randint(settings.vocab_size, (2, settings.tokens), generator=torch.Generator().manual_seed(1))
+    inputs, targets = (row.to(device) for row in (ids if ranks.method is None else map(ranks.mine, ids)))
+    model = place_model(model, ranks, device, "fp32", "forward")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    forward = wrap_model(model, ranks, device, "forward")
+    tracker = MemoryTracker(device, roots=(model, optimizer), resized=ranks.method == "fsdp")
+    clock = StepClock(device)
+
+    def step() -> None:
+        F.cross_entropy(forward(inputs), targets).backward()
+
+    step()
+    gradients = gradients_of(model)
+    for _ in range(2):  # the optimizer's states are made, DDP orders its buckets
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with tracker.step(1), tracker.phase("step"):
+        step()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for _ in range(settings.repeats):
+        clock.start()
+        step()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.stop()
+    formula = held_bytes(ranks.method, ranks.world_size, count)
+    flight = in_flight_bytes(ranks.method, own, count - sum(own))
+    return {
+        "gradients": gradients,
+        "ms": percentile(clock.read(), 50),
+        "peak": tracker.summary()["step"]["peak_allocated_gib"],
+        "held": formula / GIB,
+        "flight": flight / GIB,
+        "sent": sent_bytes(ranks.method, ranks.world_size, count) / GIB,
+    }
+
+
+def main() -> int:
+    """Measure one process, DDP and FSDP on a stack of blocks, and print the table."""
+    settings = parse_settings(Settings)
+    with process_group(torch.cuda.is_available()) as ranks:
+        if not ranks.joined:
+            raise SettingsError(
+                "parallel.py compares processes; start it with: torchrun --nproc_per_node=2 parallel.py"
+            )
+        device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        cuda = device.type == "cuda"
+        settings.num_layers = settings.num_layers or (12 if cuda else 4)
+        settings.width = settings.width or (2048 if cuda else 256)
+        settings.vocab_size = settings.vocab_size or (32000 if cuda else 512)
+        settings.tokens = settings.tokens or (8192 if cuda else 256) * ranks.world_size
+        if min(settings.num_layers, settings.width, settings.vocab_size, settings.repeats) < 1:
+            raise AgreedError("--num_layers, --width, --vocab_size and --repeats must be at least 1")
+        if settings.tokens < 1 or settings.tokens % ranks.world_size:
+            raise AgreedError(f"--tokens {settings.tokens} must be a multiple of the {ranks.world_size} processes")
+        torch.set_float32_matmul_precision("highest")
+        print(f"{ranks.world_size} processes, {settings.tokens} tokens in the batch of all, fp32, AdamW; GiB a rank")
+        print(f"{'':<12}{'ms':>9}  {'peak by rank':<22}{'held':>9}{'in flight':>11}{'sent':>9}{'error':>10}")
+        exact: list[torch.Tensor] = []
+        worst = 0.0
+        for method in (None, *METHODS):
+            own = Ranks() if method is None else replace(ranks, method=method)
+            found = measure_method(settings, own, device)
+            peaks = " ".join(f"{peak:.4f}" for peak in ranks.gather(found["peak"]))
+            exact = exact or found["gradients"]
+            error = relative_error(found["gradients"], exact)
+            worst = max(worst, error)
+            print(
+                f"{method or 'one process':<12}{found['ms']:>9.2f}  {peaks:<22}{found['held']:>9.4f}"
+                f"{found['flight']:>11.4f}{found['sent']:>9.4f}{error:>10.1e}"
+            )
+            del found
+            gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()
+        print("held: parameters, gradients, states by the formula; in flight: unsharded; the peak has activations too")
+        status = int(worst > 1e-5)
+        leave(ranks, status)
+        return status
+
+
+if __name__ == "__main__":
+    run_script(main)

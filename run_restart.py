@@ -16,14 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from parallel import Ranks
+from processes import Ranks
 from run_folder import RunFolder, command_line
 from sharded_checkpoint import newest
 from utils import SettingsError
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started these processes again after a failure."""
+    """Whether torchrun has started this process again after a failure; of several nodes, one may count none."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
@@ -33,13 +33,11 @@ def launcher() -> str | None:
     return f"process {os.getppid()}" if name == "none" else name
 
 
-def may_go_on(settings: Any) -> bool:
-    """Whether a run that is there already is this one."""
-    return settings.auto_resume or is_restart()
-
-
-def earlier_run(settings: Any) -> Path | None:
+def earlier_run(settings: Any, restarted: bool) -> Path | None:
     """The folder, with its run.json, that this call goes on with without --resume; None to begin a new one.
+
+    Args:
+        restarted: whether torchrun has started any rank again.
 
     Raises:
         SettingsError: --auto_resume without --run_name, or beside --resume.
@@ -49,8 +47,8 @@ def earlier_run(settings: Any) -> Path | None:
     folder = Path(settings.output_folder) / settings.experiment
     if settings.run_name is not None:
         path = folder / settings.run_name
-        return path if may_go_on(settings) and (path / "run.json").is_file() else None
-    if not is_restart():
+        return path if (settings.auto_resume or restarted) and (path / "run.json").is_file() else None
+    if not restarted:
         return None
     found = []
     for path in folder.glob("*/run.json"):

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from low_precision_adamw import local
-from parallel import ProcessLost, Ranks, is_lost
+from processes import ProcessLost, Ranks, is_lost
 from training_state import load_state, wrap
 from utils import SettingsError
 

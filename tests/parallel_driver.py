@@ -21,9 +21,9 @@ import llm_train
 from utils import run_script
 
 
-def call(argv: list[str]) -> dict:
-    """One run in this process: status, standard output and error."""
-    out, err = io.StringIO(), io.StringIO()
+def call(argv: list[str], captured: bool) -> dict:
+    """One run in this process: status, standard output and error (where they do not go to torchrun's)."""
+    out, err = (io.StringIO(), io.StringIO()) if captured else (sys.stdout, sys.stderr)
     status = 0
     with (
         patch.object(sys, "argv", ["llm_train.py", *argv]),
@@ -42,7 +42,8 @@ def call(argv: list[str]) -> dict:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     torch._dynamo.reset()
-    return {"status": status, "stdout": out.getvalue(), "stderr": err.getvalue()}
+    texts = {"stdout": out.getvalue(), "stderr": err.getvalue()} if captured else {}
+    return {"status": status, **texts}
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def main() -> None:
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port + number)}
         step = counted if case.get("count") else signalled if case.get("signal") else real
         with patch.object(llm_train, "training_step", step):
-            results.append(call(case["argv"]) | {"collectives": dict(count)})
+            results.append(call(case["argv"], case.get("signal") != "SIGKILL") | {"collectives": dict(count)})
         Path(f"{path}.{os.environ.get('RANK', '0')}").write_text(json.dumps(results))
 
 
