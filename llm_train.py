@@ -274,6 +274,11 @@ class Training:
         self.compile_s: float | None = None
         self.epoch, self.order = -1, np.zeros(0, dtype=np.int64)
 
+    def peak_words(self, peak: float | None) -> str | None:
+        """ "989.4 TFLOP/s", or "2 x 989.4 TFLOP/s" for two GPUs."""
+        world = self.ranks.world_size
+        return None if peak is None else f"{f'{world} x ' if world > 1 else ''}{peak / world:g} TFLOP/s"
+
     @property
     def sequences_per_update(self) -> int:
         tokens = self.settings.tokens_per_update
@@ -577,7 +582,7 @@ def start(settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: 
         )
         if ranks.first:
             (run.path / "model_summary.txt").write_text(model_summary(training.model), encoding="utf-8")
-    peak = f"{training.peak_tflops} TFLOP/s" if training.peak_tflops else "unknown for this device, so no MFU"
+    peak = training.peak_words(training.peak_tflops) or "unknown for this device, so no MFU"
     for line in (
         *plan.notes,
         *([describe_fp8(training.fp8)] if training.fp8 else []),
@@ -658,7 +663,7 @@ def run_training(
     if results["timed_steps"]:
         shares = {kind: results[f"mfu_{kind}_peak"] for kind in training.peaks} or {plan.precision: results["mfu"]}
         known = [
-            f"{share:.1%} of {training.peaks.get(kind, training.peak_tflops)} TFLOP/s ({kind})"
+            f"{share:.1%} of {training.peak_words(training.peaks.get(kind, training.peak_tflops))} ({kind})"
             for kind, share in shares.items()
             if share is not None
         ]

@@ -158,14 +158,14 @@ def speed(run: Run, comparison: Comparison) -> Measured | None:
     return Measured(rate, rate * time.value / time.high, rate * time.value / time.low, time.count)
 
 
-def bf16_peak(run: Run) -> float | None:
-    """Dense bf16 TFLOP/s of the run's GPU; None where it is not known."""
-    return peak_tflops(run.info.get("device_name") or "", "bf16")
+def dense_peak(run: Run, precision: str) -> float | None:
+    """Dense TFLOP/s of one GPU of the run in a precision; None where it is not known."""
+    return peak_tflops(run.info.get("device_name") or "", precision)
 
 
 def mfu(run: Run, comparison: Comparison) -> Measured | None:
     """Percent of the dense bf16 peak of the run's GPUs, whatever its own precision; None for an unknown GPU."""
-    rate, flops, peak = speed(run, comparison), result(run, "flops_per_token"), bf16_peak(run)
+    rate, flops, peak = speed(run, comparison), result(run, "flops_per_token"), dense_peak(run, "bf16")
     if None in (rate, flops, peak):
         return None
     return rate.times(100 * flops / (peak * 1e12 * (run.info.get("world_size") or 1)))
@@ -329,12 +329,12 @@ def mfu_figure(comparison: Comparison) -> Figure:
         )
         return ", ".join(words) + " per GPU" if known else "not known for this device"
 
-    bf16 = named({str(run.info.get("device_name")): bf16_peak(run) for run in comparison.runs})
+    bf16 = named({str(run.info.get("device_name")): dense_peak(run, "bf16") for run in comparison.runs})
     bars = [Bar(mfu, "of the bf16 peak")]
     label = f"model FLOPs utilisation (% of the dense bf16 peak: {bf16})"
     in_fp8 = [run for run in comparison.runs if is_fp8(run)]
     if in_fp8:
-        fp8 = named({str(run.info.get("device_name")): result(run, "mfu_denominator_tflops") for run in in_fp8})
+        fp8 = named({str(run.info.get("device_name")): dense_peak(run, "fp8") for run in in_fp8})
         bars.append(Bar(mfu_of_fp8_peak, "of the fp8 peak, runs in fp8", "hatched", is_fp8))
         label += f"\nhatched: the same run, % of the dense fp8 peak: {fp8}"
     facts = [*rate_facts(comparison), "every precision against the same bf16 peak"]

@@ -1,0 +1,99 @@
+"""The tables of FP8: rows stand against the bf16 run of the same model and seed, and say what has not been run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import fp8_benchmark
+import report_fp8
+
+RESULTS = {
+    "tokens_per_s": 1000.0, "step_ms_median": 50.0, "step_ms_p20": 49.0, "step_ms_p80": 51.0, "mfu": 0.5,
+    "peak_allocated_gib": 10.0, "compile_s": 20.0,
+}  # fmt: skip
+
+
+def make_run(outputs: Path, name: str, *, seed: int = 0, losses: float = 5.0, status: str = "ok", fp8=None, **more):
+    folder = outputs / "fp8" / name
+    folder.mkdir(parents=True)
+    settings = {"seed": seed, "batch_size": 8, "parameters": "fp32", "context_length": None, "learning_rate": 0.1}
+    info = {
+        "run_name": name, "status": status, "model_size": "llama-1b", "precision": "fp8" if fp8 else "bf16", "fp8": fp8,
+        "device_name": "card", "settings": settings, "results": RESULTS | more,
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(info))
+    rows = [{"step": step, "loss": losses + (step <= 25)} for step in range(1, 61)]
+    (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+FP8 = {"recipe": "tensorwise", "layers": "all", "emulated": False, "converted": [], "kept": [{"name": "head"}]}
+
+
+@pytest.fixture
+def outputs(tmp_path) -> Path:
+    make_run(tmp_path, "c", fp8=FP8, losses=5.1, tokens_per_s=1300.0, mfu=0.3, mfu_bf16_peak=0.6, mfu_fp8_peak=0.3)
+    make_run(tmp_path, "a", losses=5.0)
+    make_run(tmp_path, "b", seed=1, losses=5.4, tokens_per_s=900.0)
+    make_run(tmp_path, "d", seed=1, fp8=FP8 | {"kept": [], "recipe": "rowwise"}, status="oom")
+    return tmp_path
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_training_rows(outputs):
+    rows = cells(report_fp8.training_table(outputs))
+    assert [row[1:3] for row in rows] == [
+        ["bf16", "0"], ["bf16", "1"], ["fp8 rowwise, head too", "1"], ["fp8 tensorwise", "0"],
+    ]  # fmt: skip
+    assert rows[2][3] == "oom" and set(rows[2][4:]) == {"-"}
+    assert rows[3][3:8] == ["1,300", "50.0 (49.0-51.0)", "1.300", "60.0 %", "30.0 %"]
+    assert rows[0][5] == "-" and rows[0][6:8] == ["50.0 %", "-"] and rows[0][-1] == "5.000"
+
+
+def test_parity_rows(outputs):
+    rows = cells(report_fp8.parity_table(outputs))
+    assert rows == [
+        ["`llama-1b`", "bf16", "0 and 1", "50", "0.400", "0.400", "-0.400"],
+        ["`llama-1b`", "fp8 tensorwise", "0", "50", "0.100", "0.100", "+0.100"],
+    ]
+
+
+def test_another_batch_or_card_is_no_baseline(outputs):
+    for change in ({"device_name": "other card"}, {"settings": {"batch_size": 4}}):
+        path = outputs / "fp8" / "a" / "run.json"
+        before = path.read_text()
+        info = json.loads(before)
+        for key, value in change.items():
+            info[key] = info[key] | value if isinstance(value, dict) else value
+        path.write_text(json.dumps(info))
+        assert cells(report_fp8.training_table(outputs))[3][5] == "-"
+        path.write_text(before)
+
+
+def test_the_benchmarks_tables(outputs):
+    assert report_fp8.break_even_table(outputs).startswith("Not run yet: the break-even widths")
+    folder = outputs / "fp8" / "benchmark"
+    folder.mkdir()
+    header = ",".join(fp8_benchmark.COLUMNS)
+    lines = [
+        "layers,square,512,64,512,512,bf16,ok,0.5,0.5,0.5,5,10,1.0,0.1,1,0.002",
+        "layers,square,512,64,512,512,tensorwise,ok,0.8,0.8,0.8,5,10,0.625,0.2,1,0.03",
+        "layers,square,1024,64,1024,1024,bf16,ok,1.5,0.5,0.5,5,10,1.0,0.1,1,0.002",
+        "layers,square,1024,64,1024,1024,tensorwise,oom,,,,0,,,,,0.03",
+    ]
+    (folder / "results.csv").write_text("\n".join([header, *lines]) + "\n")
+    answer = {"question": "layers", "name": "square", "tokens": 64, "recipe": "tensorwise"}
+    answers = [answer | {"slower_at": 512, "faster_from": 1024}, answer | {"slower_at": 9, "faster_from": None}]
+    (folder / "run.json").write_text(json.dumps({"results": {"break_even": answers}}))
+    rows = cells(report_fp8.widths_table(outputs, "layers", ("ms", "speedup")))
+    assert rows == [["64", "512 to 512", "0.500", "0.800 / 0.625"], ["64", "1,024 to 1,024", "1.50", "oom"]]
+    assert [row[-1] for row in cells(report_fp8.break_even_table(outputs))] == ["1,024 (not yet at 512)", "not up to 9"]
+    assert report_fp8.widths_table(outputs, "blocks", ("ms",)).startswith("Not run yet: the benchmark's blocks")
+
+
+def test_nothing_run(tmp_path):
+    assert report_fp8.training_table(tmp_path).startswith("Not run yet: a training in FP8")
+    assert report_fp8.parity_table(tmp_path).startswith("Not run yet: a training in FP8 and its bf16 twin")
