@@ -171,11 +171,14 @@ def launched() -> bool:
     return all(name in os.environ for name in VARIABLES)
 
 
-def fresh_store(rank: int, world_size: int) -> dist.TCPStore:
+def fresh_store(rank: int, world_size: int) -> tuple[dist.Store, dist.Store]:
     """Where the processes find each other: a store of rank 0's own, named in the one that torchrun gives.
 
     torchrun keeps its store when it restarts the processes, and PyTorch would meet the keys of those that are gone and
     wait for them for ever. An address that a dead rank 0 has left there refuses, so it is asked for again.
+
+    Returns:
+        The store, and the given one, which without torchrun is rank 0's too and must be kept for the others.
     """
     given = next(dist.rendezvous("env://", timeout=PATIENCE))[0]
     host, key = os.environ["MASTER_ADDR"], "memory lab: store of rank 0"
@@ -184,7 +187,7 @@ def fresh_store(rank: int, world_size: int) -> dist.TCPStore:
         word = f"{store.port} {os.urandom(8).hex()}"
         store.set(key, word)
         given.set(key, word)
-        return store
+        return store, given
     deadline = time.monotonic() + PATIENCE.total_seconds()
     while time.monotonic() < deadline:
         word = given.get(key).decode()
@@ -193,7 +196,7 @@ def fresh_store(rank: int, world_size: int) -> dist.TCPStore:
             store = dist.TCPStore(host, int(word.split()[0]), world_size, wait_for_workers=False, timeout=brief)
             if store.get(key).decode() == word:
                 store.set_timeout(PATIENCE)
-                return store
+                return store, given
         time.sleep(0.2)
     raise ProcessLost(f"rank 0 did not begin within {PATIENCE}")
 
@@ -227,7 +230,8 @@ def process_group(cuda: bool) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     options = {"rank": rank, "world_size": world_size, "timeout": PATIENCE, "device_id": device}
     with _talking():
-        dist.init_process_group(backend, store=fresh_store(rank, world_size), **options)
+        store, given = fresh_store(rank, world_size)
+        dist.init_process_group(backend, store=store, **options)
     output = sys.stdout
     if rank > 0:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
@@ -242,6 +246,7 @@ def process_group(cuda: bool) -> Iterator[Ranks]:
             end_at_once(error, rank, 2 if isinstance(error, SettingsError) else 1)
         raise
     finally:
+        del store, given
         if rank > 0:
             sys.stdout.close()
             sys.stdout = output

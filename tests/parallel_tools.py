@@ -20,7 +20,7 @@ def flags(settings: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
-def torchrun(script: Path, *argv: str, options: tuple[str, ...] = (), seconds: float = 240) -> tuple[int, str, str]:
+def torchrun(script: Path, *argv: str, options: tuple[str, ...] = (), seconds: float = 200) -> tuple[int, str, str]:
     """Two processes; exit status, standard output and error."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
