@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import llm_fit
 import llm_train
 from utils import run_script
 
@@ -51,7 +52,7 @@ def main() -> None:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     path = Path(sys.argv[1])
     results, count = [], Counter()
-    real = llm_train.training_step
+    real = llm_fit.training_step
 
     def signalled(*args: object, **kwargs: object) -> torch.Tensor:
         here = kwargs["place"][1] == case["step"]
@@ -74,7 +75,7 @@ def main() -> None:
         if len(cases) > 1:  # the keys in torchrun's own store would be those of the run before
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port + number)}
         step = counted if case.get("count") else signalled if case.get("signal") else real
-        with patch.object(llm_train, "training_step", step):
+        with patch.object(llm_fit, "training_step", step):
             results.append(call(case["argv"], case.get("signal") != "SIGKILL") | {"collectives": dict(count)})
         Path(f"{path}.{os.environ.get('RANK', '0')}").write_text(json.dumps(results))
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fp8_benchmark
+import llm_fit
 import llm_train
 import precision
 from precision import (
@@ -255,12 +256,12 @@ def test_mfu_is_given_against_both_peaks():
         measured_before={},
         memory_headline=dict,
     )
-    results = llm_train.Training.measured(training, SimpleNamespace(headline=lambda: dict(headline)))
+    results = llm_fit.Training.measured(training, SimpleNamespace(headline=lambda: dict(headline)))
     # 89,300 x 7,842,299,904 = 700.3174 TFLOP/s: 0.70782 of 989.4, 0.35391 of 1978.8.
     assert (results["mfu_bf16_peak"], results["mfu_fp8_peak"]) == (0.7078, 0.3539)
     assert model_flops_utilisation(89_300, 7_842_299_904, 1978.8) == pytest.approx(0.35391, rel=1e-4)
     training.peaks = {"bf16": None, "fp8": None}  # a GPU that is not in the table
-    results = llm_train.Training.measured(training, SimpleNamespace(headline=lambda: dict(headline)))
+    results = llm_fit.Training.measured(training, SimpleNamespace(headline=lambda: dict(headline)))
     assert (results["mfu_bf16_peak"], results["mfu_fp8_peak"]) == (None, None)
 
 

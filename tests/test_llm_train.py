@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 import attention
 import attention_support
 import dataset
+import llm_fit
 import llm_plan
 import llm_step
 import llm_train
@@ -293,14 +294,14 @@ def assert_same_training(run: Run, expected: Run) -> None:
 @contextlib.contextmanager
 def after_steps(count: int, action: Callable[[], None]) -> Iterator[None]:
     """Do something inside the training step number `count` of the process, before its weights change."""
-    original, calls = llm_train.training_step, itertools.count(1)
+    original, calls = llm_fit.training_step, itertools.count(1)
 
-    def training_step(*arguments):
+    def training_step(*arguments, **options):
         if next(calls) == count:
             action()
-        return original(*arguments)
+        return original(*arguments, **options)
 
-    with patch.object(llm_train, "training_step", training_step):
+    with patch.object(llm_fit, "training_step", training_step):
         yield
 
 
@@ -410,13 +411,13 @@ def test_resume_after_signal_in_evaluation(train, uninterrupted):
 @pytest.mark.parametrize("minutes", [1e-9, 0.002])
 def test_time_limit(train, uninterrupted, minutes):
     """Also where the time is up before the first step."""
-    original = llm_train.training_step
+    original = llm_fit.training_step
 
-    def slow_step(*arguments):
+    def slow_step(*arguments, **options):
         time.sleep(0.04)
-        return original(*arguments)
+        return original(*arguments, **options)
 
-    with patch.object(llm_train, "training_step", slow_step):
+    with patch.object(llm_fit, "training_step", slow_step):
         stopped = train(**LONG, max_training_minutes=minutes, figures=minutes == 1e-9)
     assert stopped.status == 0, stopped.stderr
     assert (stopped.info["status"], stopped.info["stopped_by"]) == ("ok", "time")
@@ -763,9 +764,11 @@ def test_auto_of_a_run(train, base):
 
 @pytest.mark.parametrize("size", MODEL_SIZES)
 def test_model_sizes(size):
-    plan = llm_train.make_plan(llm_train.Settings(device="cpu", model_size=size))
+    kind = "llama" if "llama" in size else "transformer"
+    plan = llm_train.make_plan(llm_train.Settings(device="cpu", model_type=kind, model_size=size))
     assert {name: getattr(plan.model, name) for name in MODEL_SIZES[size]} == MODEL_SIZES[size]
-    assert plan.batch_size == (8 if size == "tiny" else 64)
+    assert plan.batch_size == (8 if "tiny" in size else 4 if kind == "llama" else 64)
+    assert plan.model.model_type == kind
 
 
 # --- Metrics and gradients --------------------------------------------------------------------------------------------
@@ -1063,7 +1066,17 @@ ELSEWHERE = {
     "use_compile": "test_compile",
     "activation_memory_budget": "test_compile",
     "profile_steps": "test_wrong_input",  # on a CPU; on a GPU tests/test_gpu_training.py
-    "model_type": "test_wrong_input",  # there is one
+    "model_type": "test_llama_settings",
+    "num_kv_heads": "test_llama_settings",
+    "mlp_dim": "test_llama_settings",
+    "fp8_recipe": "test_fp8_settings",
+    "fp8_layers": "test_fp8_settings",
+    "fp8_head": "test_fp8_settings",
+    "fp8_emulation": "test_fp8_settings",
+    "warm_up_steps": "test_warm_up_rises_in_a_line_and_survives_a_resume",
+    "tensorboard": "test_tensorboard_log.py",
+    "parallel": "test_parallel.py",
+    "auto_resume": "test_parallel.py",
     "model_size": "test_model_sizes",
     "use_gradient_checkpointing": "test_gradient_checkpointing",
     "adjust_batch_size": "test_search_leaves_no_trace",
@@ -1096,7 +1109,40 @@ def test_every_setting_changes_the_run(train, base, workplace, field):
 def test_every_setting_has_a_test():
     assert set(EFFECTS) | set(ELSEWHERE) == {field.name for field in fields(llm_train.Settings)}
     assert not set(EFFECTS) & set(ELSEWHERE)
-    assert set(ELSEWHERE.values()) <= set(globals())
+    here = Path(__file__).parent
+    assert all(name in globals() or (here / name).is_file() for name in ELSEWHERE.values())
+
+
+def test_llama_settings(train, base):
+    shape = {"model_type": "llama", "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48}
+    llama = train(**shape)
+    assert llama.status == 0 and llama.info["model_size"] == "llama-tiny"
+    # qkv 32 x (4 + 2 x 2) x 8, output, gate and up, down, three norms, embedding and head.
+    assert llama.info["parameters"] == 32 * 64 + 32 * 32 + 32 * 96 + 48 * 32 + 3 * 32 + 2 * 300 * 32
+    assert llama.losses != base.losses
+    for change in ({"num_kv_heads": 4}, {"mlp_dim": 64}):
+        other = train(**shape | change)
+        assert other.info["parameters"] > llama.info["parameters"] and other.losses != llama.losses
+
+
+def test_fp8_settings(train):
+    emulated = {"precision": "fp8", "fp8_emulation": True}
+    whole = train(**emulated, embedding_dim=64)
+    assert whole.info["fp8"]["emulated"] and whole.info["fp8"]["recipe"] == "tensorwise"
+    plain = train(precision="bf16", embedding_dim=64)
+    runs = [
+        whole,
+        plain,
+        *(train(**emulated, embedding_dim=64, fp8_recipe=name) for name in ("rowwise", "rowwise_with_gw_hp")),
+    ]
+    head = train(**emulated, embedding_dim=64, vocab_size=304, fp8_head=True)
+    without = train(**emulated, embedding_dim=64, vocab_size=304)
+    assert len({tuple(run.losses) for run in [*runs, head, without]}) == 6
+    assert max(abs(a - b) for a, b in zip(whole.losses, plain.losses, strict=True)) < 0.05
+    assert not head.info["fp8"]["kept"] and [row["name"] for row in without.info["fp8"]["kept"]] == ["head"]
+    large = train(**emulated, embedding_dim=64, vocab_size=1040, max_documents=60, fp8_head=True, fp8_layers="large")
+    assert large.status == 0, large.stderr
+    assert [row["name"] for row in large.info["fp8"]["converted"]] == ["head"]
 
 
 def test_same_settings_same_run(train, base):
@@ -1187,13 +1233,13 @@ def test_compile(train, base):
 
 def sequences_met(train: Callable[..., Run], **changes) -> list[tuple[int, ...]]:
     """Every training sequence, in the order in which the run meets them."""
-    original, seen = llm_train.training_step, []
+    original, seen = llm_fit.training_step, []
 
-    def training_step(objective, optimizer, scaler, batches, *others):
+    def training_step(objective, optimizer, scaler, batches, *others, **options):
         seen.extend(tuple(row.tolist()) for inputs, _ in batches for row in inputs)
-        return original(objective, optimizer, scaler, batches, *others)
+        return original(objective, optimizer, scaler, batches, *others, **options)
 
-    with patch.object(llm_train, "training_step", training_step):
+    with patch.object(llm_fit, "training_step", training_step):
         assert train(max_documents=6, max_steps=None, **changes).status == 0
     return seen
 
@@ -1322,8 +1368,8 @@ def test_resume_on_another_machine(train, monkeypatch):
     before = (run.path / "run.json").read_text()
     make_plan = llm_train.make_plan
 
-    def elsewhere(settings):
-        plan = make_plan(settings)
+    def elsewhere(settings, world_size):
+        plan = make_plan(settings, world_size)
         plan.precision = "bf16"
         return plan
 
@@ -1376,13 +1422,13 @@ def test_resume_of_something_else(train, tmp_path, content):
 
 def test_warm_up_rises_in_a_line_and_survives_a_resume(train):
     rates: list[float] = []
-    real = llm_train.training_step
+    real = llm_fit.training_step
 
-    def noted(objective, optimizer, *rest):
+    def noted(objective, optimizer, *rest, **options):
         rates.append(optimizer.param_groups[0]["lr"])
-        return real(objective, optimizer, *rest)
+        return real(objective, optimizer, *rest, **options)
 
-    with patch.object(llm_train, "training_step", noted):
+    with patch.object(llm_fit, "training_step", noted):
         whole = train(warm_up_steps=4, learning_rate=0.01, max_steps=8)
     assert rates == pytest.approx([0.002, 0.004, 0.006, 0.008, *[0.01] * 4])
     for stop in (2, 6):
