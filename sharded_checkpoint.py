@@ -2,8 +2,8 @@
 
 Each process writes its shards through torch.distributed.checkpoint (DCP). The names are plain (model.head.weight,
 optimizer.head.weight.exp_avg) and the shapes whole, so nothing in a checkpoint depends on how many processes saved it
-or how the model was split. 8-bit states are kept as the numbers they stand for; quantised again they are the same.
-Random numbers are not kept: in a parallel run they follow from seed and step.
+or how the model was split. 8-bit states are kept as the numbers they stand for and get the same codes when they are
+quantised again. Random numbers are not kept: in a parallel run they follow from seed and step.
 
 checkpoint/step-<n>/ holds details.json, DCP's index `.metadata` and a .distcp file a process. It is written as
 step-<n>.tmp, synced and renamed when all have finished, and only then are older checkpoints removed: whenever the run
@@ -21,6 +21,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,15 @@ def copy_whole(source: torch.Tensor, target: torch.Tensor) -> None:
         source = distribute_tensor(
             source.to(target.device), target.device_mesh, target.placements, src_data_rank=None
         )  # every rank has the whole: none is sent
-    local(target).copy_(local(source))
+    source, target = local(source), local(target)
+    if is_quantised(target) and target.signed:
+        # Codes are relative to a block's largest number. torchao's have 1 but no -1, so a block whose largest is
+        # negative comes back 0.7 % smaller; made as large as it was before, it gets the codes that it had.
+        blocks = source.reshape(-1, target.block_size)
+        lowest = blocks.amin(1, keepdim=True)
+        largest_is_negative = (blocks == lowest) & (lowest == -blocks.abs().amax(1, keepdim=True))
+        source = torch.where(largest_is_negative, blocks / target.qmap[0].abs(), blocks).view_as(source)
+    target.copy_(source)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -176,7 +185,7 @@ def save_sharded(
             json.dump(details, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.rename(final)
+        temporary.replace(final)
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -215,8 +224,8 @@ def failed(path: Path, reason: str | None) -> str:
 def last_words(error: BaseException) -> str:
     """The reason inside of DCP's error, which holds a traceback of each rank."""
     if isinstance(error, CheckpointException) and error.failures:
-        return " ".join(str(next(iter(error.failures.values()))[0]).split())
-    return " ".join(str(error).split())
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def remove_others(folder: Path, kept: Path) -> None:
@@ -254,6 +263,7 @@ def load_checkpoint(
             put_back(*single_by_name(tensors, details, model), model, optimizer)
             return details
         try:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
             details = json.loads((path / DETAILS).read_text(encoding="utf-8"))
             reader = dcp.FileSystemReader(path)
             known = reader.read_metadata().state_dict_metadata

@@ -42,7 +42,8 @@ def call(argv: list[str], captured: bool) -> dict:
             status = f"{type(error).__name__}: {error}"
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     texts = {"stdout": out.getvalue(), "stderr": err.getvalue()} if captured else {}
     return {"status": status, **texts}
 

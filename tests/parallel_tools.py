@@ -7,6 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import parallel_driver
+import torch
+
 DRIVER = Path(__file__).with_name("parallel_driver.py")
 SCRIPT = Path(__file__).parent.parent / "llm_train.py"
 BASE = {
@@ -67,14 +70,14 @@ def drive(folder: Path, cases: dict[str, dict], processes: int = 2) -> dict[str,
     file.write_text(json.dumps(listed))
     if processes == 2:
         status, out, err = torchrun(DRIVER, str(file))
-    else:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, str(DRIVER), str(file)], env=environment, capture_output=True, text=True, timeout=240
-        )
-        status, out, err = done.returncode, done.stdout, done.stderr
-    assert status == 0, out + err
-    results = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(processes)]
+        assert status == 0, out + err
+        results = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(processes)]
+    else:  # here: PyTorch is loaded already
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        torch.set_num_threads(1)
+        results = [[parallel_driver.call(case["argv"], captured=True) for case in listed]]
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
     return {
         name: Run([result[place] for result in results], path)
         for place, (name, path) in enumerate(zip(cases, paths, strict=True))
