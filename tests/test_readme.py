@@ -519,7 +519,8 @@ def test_every_link_to_a_file_leads_somewhere():
 
 def commands() -> list[str]:
     text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL) + re.findall(r"`([^`\n]+)`", README))
-    return [line.split("#")[0].strip() for line in text.splitlines() if re.search(r"\w+\.py( |$)", line)]
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    return [line for line in lines if re.search(r"\w+\.py( |$)", line)]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -553,6 +554,8 @@ def test_every_flag_in_the_readme_exists():
         "extra",
         "help",
         "picture",
+        *("build", "exclusive", "mem"),  # of docker and sbatch
+        *("nproc_per_node", "max_restarts"),  # of torchrun
     }
     assert set(re.findall(r"--(\w+)", README)) <= known
 
