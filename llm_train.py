@@ -44,7 +44,7 @@ from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer
 from parallel import METHODS as PARALLEL
 from parallel import eager, lower_parameters, place_model
 from precision import PRECISIONS, make_scaler
-from processes import AgreedError, Ranks, check_launch, is_lost, leave, process_group
+from processes import ALONE, AgreedError, Ranks, check_launch, is_lost, leave, process_group
 from run_folder import (
     Interrupted,
     RunFolder,
@@ -214,6 +214,8 @@ def settings_of_run(path: str | Path, ranks: Ranks) -> tuple[Settings, RunFolder
 class Training:
     """What one run holds: model, optimizer, data, tracker, folder, and where it is."""
 
+    ranks: Ranks = ALONE
+
     def __init__(self, settings: Settings, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest, ranks: Ranks):
         self.settings, self.plan, self.run, self.stop, self.device = settings, plan, run, stop, plan.device
         self.ranks = ranks
@@ -340,24 +342,25 @@ class Training:
 
         A resumed run compiles again; its note is that of its own process.
         """
-        alone = self.ranks.method is None  # in a parallel run the optimizer waits, so there is nothing to put back
-        if alone:
-            tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
         begin = time.perf_counter()
-        batches = self.batches_of_step(self.step + 1)
+        step = (self.objective, self.optimizer, self.scaler, self.batches_of_step(self.step + 1))
         silent = MemoryTracker(self.device)
-        training_step(self.objective, self.optimizer, self.scaler, batches, silent, update=alone).item()
+        if self.ranks.method is not None:  # without the optimizer there is nothing to put back, sharded or not
+            training_step(*step, silent, update=False).item()
+            self.compile_s = round(time.perf_counter() - begin, 2)
+            return
+        tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
+        begin = time.perf_counter()
+        training_step(*step, silent).item()
         self.compile_s = round(time.perf_counter() - begin, 2)
-        if alone:
-            restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
+        restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
 
     def profile(self) -> None:
         """Leave profile.json: where the time of the next steps goes. They train on, after the last logged step."""
         batches = self.batches_of_step(self.step)
 
         def step(tracker: Any) -> None:
-            place = (self.settings.seed, self.step)
-            training_step(self.objective, self.optimizer, self.scaler, batches, tracker, place=place)
+            training_step(self.objective, self.optimizer, self.scaler, batches, tracker)
 
         options = {"model": self.model, "tokens": batches[0][0].numel(), "batches": len(batches)}
         options["precision"] = self.plan.precision
@@ -393,14 +396,12 @@ class Training:
                 self.step += 1
                 batches = None  # so that the next ones lie where these lay, and not beside them
                 batches = self.batches_of_step(self.step)
+                self.objective.place = (settings.seed, self.step)
                 data_ms = 1000 * (time.perf_counter() - fetch)
                 tracked = self.can_track and log.is_tracked(self.step)
                 log.clock.start()
                 with self.tracker.step(self.step) if tracked else nullcontext():
-                    place = (settings.seed, self.step)
-                    loss = training_step(
-                        self.objective, self.optimizer, self.scaler, batches, self.tracker, place=place
-                    )
+                    loss = training_step(self.objective, self.optimizer, self.scaler, batches, self.tracker)
                 if not self.ranks.first:
                     continue
                 log.clock.stop()

@@ -1322,8 +1322,8 @@ def test_resume_on_another_machine(train, monkeypatch):
     before = (run.path / "run.json").read_text()
     make_plan = llm_train.make_plan
 
-    def elsewhere(settings):
-        plan = make_plan(settings)
+    def elsewhere(*arguments):
+        plan = make_plan(*arguments)
         plan.precision = "bf16"
         return plan
 
