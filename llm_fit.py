@@ -23,7 +23,7 @@ from memory_tracker import MemoryTracker
 from optimizers import make_optimizer, set_learning_rate
 from parallel import eager, lower_parameters, place_model
 from precision import convert_to_fp8, make_scaler
-from processes import Ranks
+from processes import ALONE, Ranks
 from run_folder import RunFolder, StepLog, StopRequest, write_atomically
 from sharded_checkpoint import SINGLE, load_checkpoint, newest, remove_others, save_sharded
 from step_profile import profile_steps, profile_table
@@ -34,6 +34,8 @@ from utils import SettingsError, count_matmul_parameters
 
 class Training:
     """What one run holds: model, optimizer, data, tracker, folder, and where it is."""
+
+    ranks: Ranks = ALONE
 
     def __init__(self, settings: Any, plan: Plan, data: TextData, run: RunFolder, stop: StopRequest, ranks: Ranks):
         self.settings, self.plan, self.run, self.stop, self.device = settings, plan, run, stop, plan.device
@@ -179,10 +181,10 @@ class Training:
         alone = self.ranks.method is None  # in a parallel run the optimizer waits, so there is nothing to put back
         if alone:
             tensors, details = capture(self.model, self.optimizer, self.scaler, self.device)
-        begin = time.perf_counter()
-        batches = self.batches_of_step(self.step + 1)
         silent = MemoryTracker(self.device)
-        training_step(self.objective, self.optimizer, self.scaler, batches, silent, update=alone).item()
+        step = (self.objective, self.optimizer, self.scaler, self.batches_of_step(self.step + 1))
+        begin = time.perf_counter()
+        training_step(*step, silent, update=alone).item()
         self.compile_s = round(time.perf_counter() - begin, 2)
         if alone:
             restore(tensors, details, self.model, self.optimizer, self.scaler, self.device)
@@ -192,8 +194,7 @@ class Training:
         batches = self.batches_of_step(self.step)
 
         def step(tracker: Any) -> None:
-            place = (self.settings.seed, self.step)
-            training_step(self.objective, self.optimizer, self.scaler, batches, tracker, place=place)
+            training_step(self.objective, self.optimizer, self.scaler, batches, tracker)
 
         options = {"model": self.model, "tokens": batches[0][0].numel(), "batches": len(batches)}
         options["precision"] = self.plan.precision
@@ -235,11 +236,9 @@ class Training:
                     set_learning_rate(self.optimizer, share * settings.learning_rate)
                 tracked = self.can_track and log.is_tracked(self.step)
                 log.clock.start()
+                self.objective.place = (settings.seed, self.step)
                 with self.tracker.step(self.step) if tracked else nullcontext():
-                    place = (settings.seed, self.step)
-                    loss = training_step(
-                        self.objective, self.optimizer, self.scaler, batches, self.tracker, place=place
-                    )
+                    loss = training_step(self.objective, self.optimizer, self.scaler, batches, self.tracker)
                 if not self.ranks.first:
                     continue
                 log.clock.stop()

@@ -39,6 +39,7 @@ class Objective:
 
     def __init__(self, model: TransformerLM, plan: Plan, ranks: Ranks = ALONE):
         self.model, self.plan, self.ranks = model, plan, ranks
+        self.place = (0, 0)  # seed and step, from which the random numbers of a parallel run follow
         self.makes_logits = plan.loss == "full"
         self.plain = model if self.makes_logits else model.hidden_states  # neither compiled nor wrapped
         self.loss = self.full_loss if self.makes_logits else self.loss_without_logits
@@ -100,14 +101,12 @@ def training_step(
     batches: list[Batch],
     tracker: MemoryTracker,
     *,
-    place: tuple[int, int] = (0, 0),
     update: bool = True,
 ) -> torch.Tensor:
     """One optimizer step over one or more micro-batches; the gradient is that of the mean over all their tokens.
 
     Args:
         batches: this rank's inputs and targets, each (sequences, tokens) int64; the last may hold fewer sequences.
-        place: seed and step, from which the random numbers of a parallel run follow.
         update: False drops the gradients: everything runs but the optimizer.
 
     Returns:
@@ -116,7 +115,7 @@ def training_step(
     device, ranks = batches[0][0].device, objective.ranks
     sequences = sum(len(inputs) for inputs, _ in batches)
     total = torch.zeros((), device=device)
-    ranks.reseed(*place, "dropout")
+    ranks.reseed(*objective.place, "dropout")
     with tracker.phase("training_step"):
         for number, (inputs, targets) in enumerate(batches, start=1):
             with objective.sending_gradients(last=number == len(batches)):
@@ -130,7 +129,7 @@ def training_step(
                     scaler.scale(loss).backward()
             total += loss.detach()
         # Replicas that round stochastically must round alike; shards draw for themselves.
-        ranks.reseed(*place, "update", alike=ranks.method == "ddp")
+        ranks.reseed(*objective.place, "update", alike=ranks.method == "ddp")
         with tracker.phase("optimizer_step"):
             if update:
                 scaler.step(optimizer)
