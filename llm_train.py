@@ -44,7 +44,7 @@ from optimizers import OPTIMIZERS, PARAMETERS, make_optimizer
 from parallel import METHODS as PARALLEL
 from parallel import eager, lower_parameters, place_model
 from precision import PRECISIONS, make_scaler
-from processes import ALONE, AgreedError, Ranks, check_launch, is_lost, leave, process_group
+from processes import ALONE, AgreedError, Ranks, check_launch, end_at_once, is_lost, last_words, leave, process_group
 from run_folder import (
     Interrupted,
     RunFolder,
@@ -720,7 +720,12 @@ def run_once(ranks: Ranks) -> int:
         )
         path = ranks.broadcast(run and run.path)
         run = run or RunFolder(path, writes=False)
-    with StopRequest(patient=ranks.world_size > 1) as stop:
+
+    def give_up() -> None:
+        end_lost(run, ranks, RuntimeError("no step ended after the signal to stop"))
+        end_at_once(None, ranks.rank)
+
+    with StopRequest(patient=ranks.world_size > 1) as stop, last_words(give_up, ranks):
         try:
             return run_training(settings, plan, data, run, stop, ranks)
         except (Interrupted, KeyboardInterrupt):
