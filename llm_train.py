@@ -4,6 +4,7 @@
     python llm_train.py --use_flash_attention true --adjust_batch_size true    the largest batch that fits
     python llm_train.py --dataset_name plwiki --tokenizer_type transformers --max_training_minutes 120
     python llm_train.py --resume outputs/llm/RUN                               go on after an interruption
+    torchrun --nproc_per_node=2 llm_train.py --parallel ddp                    several GPUs; fsdp shards the model
 
 Every technique is one flag, and one run changes one thing: --use_flash_attention, --attention_backend,
 --attention_window, --precision (--use_fp16), --loss, --gelu, --gradient_checkpointing, --optimizer,
