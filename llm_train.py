@@ -5,6 +5,7 @@
     python llm_train.py --dataset_name plwiki --tokenizer_type transformers --max_training_minutes 120
     python llm_train.py --model_type llama --precision fp8 --use_compile true  1.1 G parameters, FP8 products (Hopper)
     python llm_train.py --resume outputs/llm/RUN                               go on after an interruption
+    torchrun --nproc_per_node=2 llm_train.py --parallel ddp                    several GPUs; fsdp shards the model
 
 Every technique is one flag, and one run changes one thing: --use_flash_attention, --attention_backend,
 --attention_window, --precision (--use_fp16, --fp8_recipe), --loss, --gelu, --gradient_checkpointing, --optimizer,
@@ -37,7 +38,7 @@ from llm_step import evaluate, unigram_perplexity
 from optimizers import OPTIMIZERS, PARAMETERS
 from parallel import METHODS as PARALLEL
 from precision import FP8_LAYERS, FP8_RECIPES, PRECISIONS, describe_fp8
-from processes import AgreedError, Ranks, check_launch, is_lost, leave, process_group
+from processes import AgreedError, Ranks, check_launch, end_at_once, is_lost, last_words, leave, process_group
 from run_folder import (
     Interrupted,
     RunFolder,
@@ -283,7 +284,7 @@ def run_training(
         tracked_steps=settings.tracked_steps,
         measured_steps=settings.measured_steps,
         done_steps=training.step,
-        also=TensorBoardLog(run.path, training.step).add if settings.tensorboard else None,
+        also=TensorBoardLog(run.path, training.step).add if settings.tensorboard and ranks.first else None,
     )
     if settings.use_compile and not settings.adjust_batch_size and training.step < training.total_steps:
         training.compile()  # after a search everything is compiled, and the time for it lies in the probes
@@ -410,7 +411,12 @@ def run_once(ranks: Ranks) -> int:
         )
         path = ranks.broadcast(run and run.path)
         run = run or RunFolder(path, writes=False)
-    with StopRequest(patient=ranks.world_size > 1) as stop:
+
+    def give_up() -> None:
+        end_lost(run, ranks, RuntimeError("no step ended after the signal to stop"))
+        end_at_once(None, ranks.rank)
+
+    with StopRequest(patient=ranks.world_size > 1) as stop, last_words(give_up, ranks):
         try:
             return run_training(settings, plan, data, run, stop, ranks)
         except (Interrupted, KeyboardInterrupt):

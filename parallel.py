@@ -110,7 +110,7 @@ def place_model(model: nn.Module, ranks: Ranks, device: torch.device, precision:
     fully_shard(model, mesh=mesh, mp_policy=policy)
     if entry != "forward":
         register_fsdp_forward_method(model, entry)
-    return model.to(device)  # buffers
+    return model  # FSDP has moved it, buffers too
 
 
 def lower_parameters(model: nn.Module, ranks: Ranks, parameters: str) -> list[torch.Tensor] | None:

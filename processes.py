@@ -7,7 +7,10 @@ takes part. Rank 0 prints and writes; a rank that fails says so itself, and the 
 
 import hashlib
 import os
+import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,6 +29,12 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(minutes=30)  # for a rank that is late, such as the first one while it makes the token files
 SIGNS_OF_LOSS = ("connection closed", "connection reset", "broken pipe", "gloo/transport", "nccl", "socket")
 Result = TypeVar("Result")
+
+
+class Heart:
+    """Counts the agreements of this process, so that a thread can see whether it still comes to any."""
+
+    beats = 0
 
 
 class ProcessLost(RuntimeError):
@@ -79,6 +88,7 @@ class Ranks:
 
     def agree(self, *flags: bool) -> list[bool]:
         """Each flag: whether any rank has it set."""
+        Heart.beats += 1
         if not self.joined:
             return list(flags)
         values = torch.tensor(flags, dtype=torch.int32)
@@ -250,6 +260,39 @@ def process_group(cuda: bool) -> Iterator[Ranks]:
         if rank > 0:
             sys.stdout.close()
             sys.stdout = output
+
+
+@contextmanager
+def last_words(action: Callable[[], None], ranks: Ranks, seconds: float = 20) -> Iterator[None]:
+    """Call `action` if a signal to stop came and `seconds` later the ranks have agreed on nothing more.
+
+    When a process dies, torchrun sends SIGTERM to the others and kills them 30 s later. One that waits for its GPU,
+    which waits for the dead one's, cannot look at the signal: a thread does.
+    """
+    if ranks.world_size == 1:
+        yield
+        return
+    ears, mouth = socket.socketpair()
+    mouth.setblocking(False)
+
+    def listen() -> None:
+        while heard := ears.recv(64):
+            beats, deadline = Heart.beats, time.monotonic() + seconds
+            waiting = {signal.SIGTERM, signal.SIGINT} & set(heard)
+            while waiting and Heart.beats == beats and mouth.fileno() >= 0:
+                if time.monotonic() > deadline:
+                    action()
+                    return
+                time.sleep(min(0.2, seconds))
+        ears.close()
+
+    before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        mouth.close()
 
 
 def end_at_once(error: Exception | None, rank: int, status: int = 1) -> None:

@@ -96,7 +96,7 @@ def end_lost(run: RunFolder, ranks: Ranks, error: BaseException) -> int:
     info: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         info = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
-    if info.get("status") == "lost":
+    if info.get("status") in ("lost", "ok"):
         return 1
     if info.get("status") == "running":
         reason = "a process of the run died or was lost"

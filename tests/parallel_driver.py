@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -19,20 +21,46 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import llm_fit
 import llm_train
+import parallel
+import processes
 from utils import run_script
 
 
-def call(argv: list[str], captured: bool) -> dict:
+def overflow() -> int:
+    """Gradients of which one number of rank 1 is infinite: both ranks print whether the scaler let the step happen."""
+    with processes.process_group(cuda=False) as ranks:
+        model = parallel.Stack(num_layers=2, width=32, vocab_size=64)
+        model = parallel.place_model(model, replace(ranks, method="fsdp"), torch.device("cpu"), "fp32", "forward")
+        optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu")
+        scaler.scale(model(torch.arange(8)).square().mean()).backward()
+        if ranks.rank == 1:
+            model.head.weight.grad.to_local()[0, 0] = float("inf")
+        before = model.embedding.weight.to_local().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        print(torch.equal(before, model.embedding.weight.to_local()), scaler.get_scale(), file=sys.stderr)
+        return 0
+
+
+SCRIPTS = {
+    "llm_train": llm_train,
+    "parallel": parallel,
+    "overflow": SimpleNamespace(main=overflow, __name__="overflow"),
+}
+
+
+def call(argv: list[str], captured: bool, script: ModuleType = llm_train) -> dict:
     """One run in this process: status, standard output and error (where they do not go to torchrun's)."""
     out, err = (io.StringIO(), io.StringIO()) if captured else (sys.stdout, sys.stderr)
     status = 0
     with (
-        patch.object(sys, "argv", ["llm_train.py", *argv]),
+        patch.object(sys, "argv", [f"{script.__name__}.py", *argv]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        patch.object(os, "_exit", sys.exit if captured else os._exit),  # the next case is to run
     ):
         try:
-            run_script(llm_train.main)
+            run_script(script.main)
         except SystemExit as end:
             status = end.code
         except Exception as error:
@@ -77,7 +105,8 @@ def main() -> None:
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port + number)}
         step = counted if case.get("count") else signalled if case.get("signal") else real
         with patch.object(llm_fit, "training_step", step):
-            results.append(call(case["argv"], case.get("signal") != "SIGKILL") | {"collectives": dict(count)})
+            captured, script = case.get("signal") != "SIGKILL", SCRIPTS[case.get("script", "llm_train")]
+            results.append(call(case["argv"], captured, script) | {"collectives": dict(count)})
         Path(f"{path}.{os.environ.get('RANK', '0')}").write_text(json.dumps(results))
 
 

@@ -62,8 +62,8 @@ def drive(folder: Path, cases: dict[str, dict], processes: int = 2) -> dict[str,
     for name, case in cases.items():
         own = {key: value for key, value in case.items() if not key.startswith("_")}
         defaults = {"run_name": name, "output_folder": folder, "cache_folder": folder / "cache"}
-        settings = own if "resume" in own else BASE | defaults | own
-        paths.append(Path(own["resume"]) if "resume" in own else folder / "llm" / settings["run_name"])
+        settings = own if "resume" in own or "_script" in case else BASE | defaults | own
+        paths.append(Path(own["resume"]) if "resume" in own else folder / "llm" / settings.get("run_name", name))
         listed.append({"argv": flags(settings)} | {key[1:]: v for key, v in case.items() if key.startswith("_")})
     file = folder / f"cases-{next(iter(cases))}-{processes}.json"
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,10 @@ Two runs of torchrun do nearly all of it (see parallel_driver.py): importing PyT
 
 import csv
 import json
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -13,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from parallel_tools import BASE, DRIVER, SCRIPT, Run, difference, drive, flags, torchrun
+from parallel_tools import BASE, DRIVER, Run, difference, drive, flags, torchrun
 
 import llm_plan
 import llm_train
@@ -70,6 +73,9 @@ def two(place, one) -> dict[str, Run]:  # after `one`, which makes the token fil
             "not-divisible": {"parallel": "ddp", "batch_size": 7},
             "no-text": {"parallel": "ddp", "dataset_path": place / "nothing.txt"},
             "no-method": {},
+            "no-memory": {"parallel": "fsdp", "memory_budget_gib": 0.0007},
+            "overflow": {"_script": "overflow"},
+            "alone": {"_script": "parallel", "repeats": 2, "num_layers": 2, "width": 64},
         },
     )
 
@@ -147,6 +153,16 @@ def test_a_signal_to_one_rank_stops_both(two):
     assert [path.name for path in (run.path / "checkpoint").iterdir()] == ["step-3"]
 
 
+def test_an_overflow_on_one_rank_skips_the_step_of_all(two):
+    assert [rank["stderr"].splitlines()[-1] for rank in two["overflow"].ranks] == ["True 32768.0"] * 2
+
+
+def test_too_little_memory_is_a_result(two):
+    info = two["no-memory"].info
+    assert [rank["status"] for rank in two["no-memory"].ranks] == [1, 1]
+    assert info["status"] == "oom" and "memory budget" in info["error"]
+
+
 def test_the_time_limit_is_agreed_on(two):
     assert two["late"].info["stopped_by"] == "time" and two["late"].info["status"] == "ok"
 
@@ -164,6 +180,25 @@ def test_wrong_input_is_one_sentence_of_the_first_rank(two, name, words):
     assert two[name].ranks[0]["stderr"].count("error:") == 1 and words in two[name].ranks[0]["stderr"]
     assert two[name].ranks[1]["stderr"] == ""
     assert not two[name].path.exists()
+
+
+def test_a_blocked_process_has_last_words():
+    """Where the main thread hangs, a signal that nothing answers is answered by a thread."""
+    said, ranks = threading.Event(), Ranks("ddp", world_size=2)
+    before = signal.signal(signal.SIGTERM, lambda *details: None)
+    try:
+        with processes.last_words(said.set, ranks, seconds=0.05):
+            signal.raise_signal(signal.SIGTERM)
+            assert said.wait(5)
+        said.clear()
+        with processes.last_words(said.set, ranks, seconds=0.3):
+            signal.raise_signal(signal.SIGTERM)
+            for _ in range(10):
+                processes.Heart.beats += 1
+                time.sleep(0.05)
+            assert not said.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_dropout_differs_between_ranks_and_repeats():
@@ -221,10 +256,10 @@ def test_a_killed_process_and_a_restart(place):
     assert run.info["status"] == "lost"  # another torchrun's
 
 
-def test_parallel_py_measures_both():
-    status, out, err = torchrun(SCRIPT.with_name("parallel.py"), "--repeats=2", "--num_layers=2", "--width=64")
-    assert status == 0, err
-    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("ddp", "fsdp"))}
+def test_parallel_py_measures_both(two):
+    said = two["alone"].ranks[0]
+    assert said["status"] == 0, said["stderr"]
+    rows = {line.split()[0]: line.split() for line in said["stdout"].splitlines() if line.startswith(("ddp", "fsdp"))}
     assert float(rows["fsdp"][2]) < float(rows["ddp"][2])
     assert all(float(row[-1]) < 1e-5 for row in rows.values())
 
