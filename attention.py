@@ -232,8 +232,8 @@ def attention(
 
     Args:
         q, k, v: (batch, tokens, heads, head_dim), all three of one shape; or k and v with fewer heads, each of which
-            num_heads / num_kv_heads heads of q look at (GQA). SHARES_HEADS read them as they are, for every other
-            backend k and v are repeated: (2 x num_heads x head_dim) numbers a token more.
+            num_heads / num_kv_heads heads of q look at (GQA). SHARES_HEADS read them as they are, in 16 bits; for every
+            other backend k and v are repeated: (2 x num_heads x head_dim) numbers a token more.
         backend: one of BACKENDS, which runs or raises (nothing else is put in its place), or auto, which takes what
             `choose_backend` says. `observe_kernel` tells the caller which kernel ran.
         causal: a query sees no later key.
@@ -262,7 +262,9 @@ def attention(
         raise SettingsError(window_refusal(backend))
     if dropout_p > 0 and backend in WITHOUT_DROPOUT:
         raise SettingsError(unsupported_reason(backend, q.device, q.dtype, window, q.shape[-1], dropout_p=dropout_p))
-    if k.shape[2] != q.shape[2] and backend not in SHARES_HEADS:
+    # In fp32 a GPU has one fused kernel, which cannot share; PyTorch would take the unfused form without a word.
+    shares = backend in SHARES_HEADS and not (q.is_cuda and q.dtype == torch.float32)
+    if k.shape[2] != q.shape[2] and not shares:
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     try:
         if backend == "eager":

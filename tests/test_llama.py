@@ -197,6 +197,17 @@ def test_fewer_heads_of_keys_are_repeated_ones(backend, device):
         assert (one.float() - other.float()).norm() <= (1e-4 if device == "cpu" else 0.02) * other.float().norm()
 
 
+@pytest.mark.gpu
+def test_fp32_on_a_gpu_keeps_a_fused_kernel():
+    from attention import observe_kernel
+
+    q = torch.randn(1, 256, 8, 64, device="cuda")
+    k = v = torch.randn(1, 256, 2, 64, device="cuda")
+    with observe_kernel() as observer:
+        attention(q, k, v, backend="sdpa")
+    assert "unfused" not in observer.name and "efficient" in observer.name
+
+
 @pytest.mark.parametrize("heads", [(8, 3, 3), (8, 2, 4), (2, 8, 8)])
 def test_heads_that_do_not_divide_are_an_error(heads):
     q, k, v = (torch.zeros(1, 4, count, 8) for count in heads)

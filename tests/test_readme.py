@@ -563,3 +563,14 @@ def test_every_flag_in_the_readme_exists():
 def test_the_floors_list_every_script():
     listed = set(re.findall(r"`(\w+\.py)`", README[README.index("## The house") :]))
     assert listed == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_what_the_readme_says_about_fp8():
+    results = {
+        path.parent.name: json.loads(path.read_text())["results"] for path in ROOT.glob("outputs/fp8/llama*/run.json")
+    }
+    narrow, wide = (results[f"{name}-bf16-seed-0"] for name in ("llama-1b", "llama-1b-wide"))
+    assert f"{100 * narrow['mfu']:.1f} % (`llama-1b`) and {100 * wide['mfu']:.1f} % (`llama-1b-wide`)" in README
+    assert min(narrow["mfu"], wide["mfu"]) >= 0.5
+    peaks = [results[f"llama-1b-{name}-seed-0"]["peak_allocated_gib"] for name in ("fp8-tensorwise", "bf16")]
+    assert "{:.1f} instead of {:.1f} GiB for `llama-1b`".format(*peaks) in README
