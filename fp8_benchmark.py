@@ -6,13 +6,14 @@
 Three questions, each a table and rows of outputs/fp8/<run_name>/results.csv:
 
 products  the three products of a linear layer's training step, operands already in 8 bits: what the tensor cores can do
-layers    the same layer as it trains (compiled, forward and backward): the casts, and the passes that look for the
-          largest value, are inside. layer - products is what FP8 costs; at small widths it is more than it gains
+layers    the same layer as it trains (compiled, forward and backward, fp32 weights under autocast): the casts, and the
+          passes that look for the largest value, are inside. layer - products is what the casts cost
 blocks    a whole block of each of the lab's models, attention and norms included, which FP8 does not touch
 
 Why there is a break-even width: the products take tokens x in x out operations and the casts pass over tokens x in,
 in x out and tokens x out numbers, so the gain grows with the width and the cost's share falls. Memory stands beside
-speed because FP8 training saves none of it: each layer keeps its 16-bit input (and recomputes the 8-bit one).
+speed because FP8 training promises to save none of it: torchao's layer keeps its 16-bit input, unless the compiler
+decides otherwise (`kept_gib`).
 
 Every result is compared with fp32 before it is timed, and timed as a CUDA graph: a layer alone runs for less time than
 its launches take, which in a compiled model lie hidden behind its neighbours. Without a GPU of compute capability 8.9
@@ -36,7 +37,7 @@ from precision import FP8_RECIPES, autocast, convert_to_fp8, fp8_unsupported_rea
 from run_folder import RunFolder, describe_environment, now
 from technique_bench import Cost, measure, relative_error
 from transformer_based_llm import MODEL_SIZES, TransformerLM, model_config
-from utils import SettingsError, parse_settings, peak_tflops, run_script, setting
+from utils import SettingsError, is_out_of_memory, parse_settings, peak_tflops, run_script, setting
 
 QUESTIONS = ("products", "layers", "blocks")
 SHAPES = (("square", 1, 1), ("expand", 1, 4), ("contract", 4, 1))  # name, inputs and outputs in widths
@@ -232,18 +233,27 @@ class Benchmark:
         self, question: str, build: Callable[[str], nn.Module], shape: tuple[int, ...], flop: float, **facts: Any
     ) -> None:
         """Rows of one module, built for a variant: fp32 as reference (not timed), bf16 and every recipe."""
-        exact: list[torch.Tensor] = []
+        exact: list[torch.Tensor] | None = None
         for variant in ("fp32", "bf16", *split(self.settings.recipes)):
             torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()
             torch.manual_seed(0)
-            step = Step(build(variant), shape, variant, torch.bfloat16 if question == "layers" else torch.float32)
+            step, found = None, None
+            try:
+                step = Step(build(variant), shape, variant, torch.bfloat16 if question == "layers" else torch.float32)
+                found = step.results()
+            except (RuntimeError, MemoryError) as problem:
+                if not is_out_of_memory(problem):
+                    raise
             if variant == "fp32":
-                exact = step.results()
-                del step
+                exact = found
                 continue
-            error = relative_error(step.results(), exact)
+            if found is None or exact is None:  # without the reference nothing is compared, so nothing is timed
+                self.add(Cost("oom"), question=question, flop=flop, variant=variant, **facts)
+                continue
+            error = relative_error(found, exact)
+            del found
             same = error < LARGEST_ERROR  # what computes another function gets no time
             cost, kept = (self.measure(step), step.kept_gib()) if same else (Cost("error"), 0.0)
             seen = {"kept_gib": round(kept, 5) if same else None, "error": float(f"{error:.3g}")}
@@ -293,9 +303,10 @@ def break_even(rows: Iterable[dict[str, Any]], question: str) -> list[dict[str, 
     """
     groups: dict[tuple, list[tuple[int, float]]] = {}
     for row in rows:
-        if row["question"] == question and row["variant"] in FP8_RECIPES and row["speedup"] is not None:
+        if row["question"] == question and row["variant"] in FP8_RECIPES:
             name = row["name"] if question != "blocks" else "block"
-            groups.setdefault((name, row["tokens"], row["variant"]), []).append((row["width"], row["speedup"]))
+            speedup = row["speedup"] or 0.0  # a row without a time was not faster
+            groups.setdefault((name, row["tokens"], row["variant"]), []).append((row["width"], speedup))
     answers = []
     for (name, tokens, recipe), points in groups.items():
         points.sort()

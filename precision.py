@@ -12,8 +12,9 @@ bf16   autocast: matrix products and attention in bfloat16 (8 bits of mantissa, 
 fp16   autocast with float16 (11 bits of mantissa, small range): gradients need a scaler that skips steps on overflow.
 fp8    bf16 autocast in which linear layers round both operands of each product to 8 bits, forward and backward, with
        scales taken from the largest value at that moment. Tensor cores do twice the bf16 rate; finding the largest
-       value and casting cost passes over memory, which only large matrices pay back, and only compiled. It saves no
-       activations: what a layer keeps for its backward pass is the 16-bit input. Recipes, from fast to exact:
+       value and casting cost passes over memory, which only large matrices pay back, and only compiled. Do not count on
+       less memory: torchao's layer keeps its 16-bit input for the backward pass (the compiler may keep the 8-bit copy
+       instead). Recipes, from fast to exact:
          tensorwise          one scale a tensor; e4m3 (4 bits of mantissa), gradients e5m2 (3 bits)
          rowwise             one scale a row, power of two; e4m3 everywhere
          rowwise_with_gw_hp  rowwise, but the product that makes the weight's gradient stays 16-bit
@@ -271,18 +272,16 @@ def main() -> int:
         with autocast(precision, device):
             product, seconds = timed(lambda: left @ right, settings.repeats, device)
         print(row(precision, seconds, settings.width, relative_error(product, exact)))
-    if importlib.util.find_spec("torchao") is None:
-        print(f"{'fp8':<24}{fp8_unsupported_reason(device, True, True)}")
+    missing = importlib.util.find_spec("torchao") is None
+    if missing or settings.width % FP8_MULTIPLE:
+        reason = f"needs a width that {FP8_MULTIPLE} divides, not {settings.width}"
+        print(f"{'fp8':<24}{fp8_unsupported_reason(device, True, True) if missing else reason}")
         return 0
     for recipe in FP8_RECIPES:
         emulated = fp8_unsupported_reason(device, True, False) is not None
         layer = nn.Sequential(nn.Linear(settings.width, settings.width, bias=False, device=device))
         layer[0].weight = nn.Parameter(right.T.to(torch.bfloat16).contiguous())
-        try:
-            convert_to_fp8(layer, recipe, emulated=emulated)
-        except SettingsError as error:
-            print(f"{'fp8 ' + recipe:<24}{error}")
-            continue
+        convert_to_fp8(layer, recipe, emulated=emulated)
         inputs = left.to(torch.bfloat16)
         if emulated:
             product, seconds = layer(inputs), None

@@ -21,6 +21,10 @@ from utils import SettingsError, parse_settings, run_script, setting
 ORDER = ("fp32", "bf16", "fp8")
 SHAPE_COLUMNS = ("name", "tokens", "inputs", "outputs", "width")
 SHAPE_WORDS = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d"}
+MAY_DIFFER = {  # between a run in FP8 and its baseline
+    "precision", "fp8_recipe", "fp8_layers", "fp8_head", "fp8_emulation", "use_fp16", "run_name", "figures",
+    "log_every", "tensorboard", "output_folder", "cache_folder", "dataset_path", "resume", "config",
+}  # fmt: skip
 BLOCK_STEPS = 25  # steps whose mean loss is compared
 TRAINING = (
     "python llm_train.py --experiment fp8 --model_type llama --model_size llama-1b-wide --precision fp8 "
@@ -51,16 +55,25 @@ def precision_words(run: Run) -> str:
         return run.info["precision"]
     kept = {row["name"] for row in fp8["kept"]}
     layers = "" if fp8["layers"] == "all" else ", large layers"
-    return f"fp8 {fp8['recipe']}{layers}{'' if 'head' in kept else ', head too'}"
+    emulated = ", emulated" if fp8["emulated"] else ""
+    return f"fp8 {fp8['recipe']}{layers}{'' if 'head' in kept else ', head too'}{emulated}"
+
+
+def fp8_share(run: Run) -> float | None:
+    """The part of a step's FLOPs that is in FP8 products; None for a run without FP8."""
+    fp8 = run.info.get("fp8")
+    if not fp8:
+        return None
+    converted = sum(row["inputs"] * row["outputs"] * row["count"] for row in fp8["converted"])
+    return 6 * converted / run.info["results"]["flops_per_token"]
 
 
 def baseline_of(run: Run, runs: list[Run]) -> Run | None:
-    """The bf16 run of the same model, seed, batch and device."""
+    """The bf16 run that differs in nothing but the precision: the same device, model, seed and all other settings."""
 
     def facts(other: Run) -> tuple:
-        info = other.info
-        same = ("batch_size", "parameters", "context_length", "learning_rate")
-        return info["model_size"], info["device_name"], *(info["settings"][name] for name in same), seed_of(other)
+        settings = {name: value for name, value in other.info["settings"].items() if name not in MAY_DIFFER}
+        return other.info["model_size"], other.info["device_name"], sorted(settings.items(), key=lambda item: item[0])
 
     return next((other for other in runs if other.info["precision"] == "bf16" and facts(other) == facts(run)), None)
 
@@ -79,26 +92,37 @@ def training_table(outputs: Path) -> str:
         results = run.info.get("results") or {}
         words = [f"`{run.info['model_size']}`", plain(precision_words(run)), str(seed_of(run))]
         if run.info["status"] != "ok":
-            lines.append([*words, run.info["status"], *["-"] * 7])
+            lines.append([*words, run.info["status"], *["-"] * 9])
+            continue
+        if (run.info.get("fp8") or {}).get("emulated"):
+            lines.append([*words, *["-"] * 9, last_loss(run)])  # its time and memory say nothing about FP8
             continue
         base = baseline_of(run, runs)
         gain = None if base is None or base is run else results["tokens_per_s"] / base.info["results"]["tokens_per_s"]
+        share = fp8_share(run)
         lines.append(
             [
                 *words,
                 f"{results['tokens_per_s']:,.0f}",
                 f"{results['step_ms_median']:.1f} ({results['step_ms_p20']:.1f}-{results['step_ms_p80']:.1f})",
                 "-" if gain is None else f"{gain:.3f}",
+                percent(share),
+                "-" if share is None else f"{1 / (1 - share / 2):.2f}",
                 percent(results.get("mfu_bf16_peak", results["mfu"])),
                 percent(results.get("mfu_fp8_peak")),
                 shown(results["peak_allocated_gib"]),
                 "-" if results["compile_s"] is None else f"{results['compile_s']:.0f}",
-                f"{statistics.fmean(row['loss'] for row in run.steps[-BLOCK_STEPS:]):.3f}",
+                last_loss(run),
             ]
         )
     header = ["model", "precision", "seed", "tokens/s", "step ms (20th-80th percentile)", "times bf16, same seed"]
+    header += ["FLOPs in FP8", "times bf16 if those took half the time"]
     header += ["MFU of the bf16 peak", "MFU of the fp8 peak", "peak allocated, GiB", "compiled in, s"]
     return markdown([*header, f"loss, last {BLOCK_STEPS} steps"], lines)
+
+
+def last_loss(run: Run) -> str:
+    return f"{statistics.fmean(row['loss'] for row in run.steps[-BLOCK_STEPS:]):.3f}"
 
 
 def block_means(run: Run) -> list[float]:

@@ -185,6 +185,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "allocator_settings": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF"),
         "flash_attn_version": version("flash-attn"),
         "transformers_version": version("transformers"),
+        "torchao_version": version("torchao"),
         # GIT_COMMIT tells it where the code was copied without its repository (a container, a job on another machine).
         "git_commit": git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
         "git_dirty": None if changes is None else bool(changes),

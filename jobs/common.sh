@@ -23,14 +23,31 @@ end_with() {
     exit 2
 }
 
+# Seconds of a time limit as sbatch reads it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
+seconds_of() {
+    local days=0 parts
+    [[ "$1" =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || return 1
+    IFS=: read -ra parts <<< "${1#*-}"
+    if [[ "$1" == *-* ]]; then
+        days="${1%%-*}"
+        parts+=(0 0)
+    elif ((${#parts[@]} < 3)); then
+        parts=(0 "${parts[@]}" 0)
+    fi
+    echo $((10#$days * 86400 + 10#${parts[0]} * 3600 + 10#${parts[1]} * 60 + 10#${parts[2]}))
+}
+
 check_variables() {
-    local name
+    local name limit
     for name in NODES GPUS_PER_NODE CPUS_PER_GPU STEPS EPOCHS STOP_SECONDS; do
         [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || end_with "$name must be a whole number above 0, not '${!name}'"
     done
     for name in REQUEUES MAX_RESTARTS; do
         [[ "${!name}" =~ ^(0|[1-9][0-9]*)$ ]] || end_with "$name must be a whole number from 0 up, not '${!name}'"
     done
+    limit="$(seconds_of "$TIME_LIMIT")" || end_with "TIME_LIMIT must be a time such as 04:00:00, not '$TIME_LIMIT'"
+    # The job would be requeued again and again without a step.
+    ((limit > 2 * STOP_SECONDS)) || end_with "TIME_LIMIT $TIME_LIMIT must be more than twice STOP_SECONDS $STOP_SECONDS"
     [[ "$PARALLEL" == ddp || "$PARALLEL" == fsdp ]] || end_with "PARALLEL must be ddp or fsdp, not '$PARALLEL'"
     processes=$((NODES * GPUS_PER_NODE))
     BATCH_SIZE="${BATCH_SIZE:-$((4 * processes))}"
@@ -191,6 +208,9 @@ run_job() {
     ((signals)) || run_step
     if ((status == 0)); then
         echo "run $RUN_NAME is finished"
+    elif grep -qsE '^ +"status": "(error|oom)"' "outputs/$EXPERIMENT/$RUN_NAME/run.json"; then
+        echo "run $RUN_NAME failed: its run.json says why"
+        exit "$status"
     elif ((stopping && ${SLURM_RESTART_COUNT:-0} < REQUEUES)); then
         echo "run $RUN_NAME is not finished: requeued"
         scontrol requeue "$SLURM_JOB_ID" || end_with "the job cannot be requeued; submit again with RUN_NAME=$RUN_NAME"

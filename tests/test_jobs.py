@@ -225,6 +225,9 @@ def test_variables_of_the_cluster(tmp_path):
     ("variables", "sentence"),
     [
         ({"NODES": "0"}, "NODES must be a whole number above 0, not '0'"),
+        ({"TIME_LIMIT": "banana"}, "TIME_LIMIT must be a time such as 04:00:00, not 'banana'"),
+        ({"TIME_LIMIT": "00:04:00"}, "TIME_LIMIT 00:04:00 must be more than twice STOP_SECONDS 120"),
+        ({"STOP_SECONDS": "50000", "TIME_LIMIT": "1-00"}, "TIME_LIMIT 1-00 must be more than twice STOP_SECONDS"),
         ({"GPUS_PER_NODE": "four"}, "GPUS_PER_NODE must be a whole number above 0, not 'four'"),
         ({"PARALLEL": "zero"}, "PARALLEL must be ddp or fsdp, not 'zero'"),
         ({"GPUS_PER_NODE": "4", "BATCH_SIZE": "6"}, "BATCH_SIZE must be a multiple of the 4 GPUs"),

@@ -544,7 +544,9 @@ def test_every_command_names_a_script_and_flags_that_exist(command):
     if words[place] == "llm_train.py" and words[:place] != []:
         settings = parse_settings(llm_train.Settings, words[place + 1 :])
         emulated = settings.precision == "fp8"  # there is no GPU here
-        llm_train.make_plan(dataclasses.replace(settings, use_flash_attention=False, fp8_emulation=emulated))
+        gpu_only = {"use_flash_attention": False, "fp8_emulation": emulated}
+        gpu_only |= {"attention_backend": None} if settings.attention_backend == "sdpa_cudnn" else {}
+        llm_train.make_plan(dataclasses.replace(settings, **gpu_only))
 
 
 def test_every_flag_in_the_readme_exists():
@@ -572,5 +574,11 @@ def test_what_the_readme_says_about_fp8():
     narrow, wide = (results[f"{name}-bf16-seed-0"] for name in ("llama-1b", "llama-1b-wide"))
     assert f"{100 * narrow['mfu']:.1f} % (`llama-1b`) and {100 * wide['mfu']:.1f} % (`llama-1b-wide`)" in README
     assert min(narrow["mfu"], wide["mfu"]) >= 0.5
+    steps = [json.loads(line)["loss"] for line in (ROOT / "outputs/fp8/llama-1b-wide-bf16-seed-0/steps.jsonl").open()]
+    assert f"rose to {max(steps):.0f}" in README
+    rates = {name: own["tokens_per_s"] for name, own in results.items()}
+    gains = [rates["llama-1b-fp8-tensorwise-seed-0"] / rates[f"llama-1b-bf16-seed-{seed}"] for seed in (1, 0)]
+    gains.append(rates["llama-1b-wide-fp8-tensorwise-seed-0"] / rates["llama-1b-wide-bf16-seed-0"])
+    assert "they are {:.2f} to {:.2f} (".format(*gains[:2]) in README and f"and {gains[2]:.2f} times." in README
     peaks = [results[f"llama-1b-{name}-seed-0"]["peak_allocated_gib"] for name in ("fp8-tensorwise", "bf16")]
     assert "{:.1f} instead of {:.1f} GiB for `llama-1b`".format(*peaks) in README

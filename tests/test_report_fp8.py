@@ -10,7 +10,7 @@ import report_fp8
 
 RESULTS = {
     "tokens_per_s": 1000.0, "step_ms_median": 50.0, "step_ms_p20": 49.0, "step_ms_p80": 51.0, "mfu": 0.5,
-    "peak_allocated_gib": 10.0, "compile_s": 20.0,
+    "peak_allocated_gib": 10.0, "compile_s": 20.0, "flops_per_token": 4500,
 }  # fmt: skip
 
 
@@ -27,7 +27,10 @@ def make_run(outputs: Path, name: str, *, seed: int = 0, losses: float = 5.0, st
     (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-FP8 = {"recipe": "tensorwise", "layers": "all", "emulated": False, "converted": [], "kept": [{"name": "head"}]}
+FP8 = {
+    "recipe": "tensorwise", "layers": "all", "emulated": False, "kept": [{"name": "head"}],
+    "converted": [{"name": "a", "inputs": 10, "outputs": 20, "count": 3}],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -49,8 +52,17 @@ def test_training_rows(outputs):
         ["bf16", "0"], ["bf16", "1"], ["fp8 rowwise, head too", "1"], ["fp8 tensorwise", "0"],
     ]  # fmt: skip
     assert rows[2][3] == "oom" and set(rows[2][4:]) == {"-"}
-    assert rows[3][3:8] == ["1,300", "50.0 (49.0-51.0)", "1.300", "60.0 %", "30.0 %"]
-    assert rows[0][5] == "-" and rows[0][6:8] == ["50.0 %", "-"] and rows[0][-1] == "5.000"
+    # 6 x 10 x 20 x 3 = 3600 of 4500 FLOPs in FP8: if they took half the time, 1 / (0.2 + 0.4).
+    assert rows[3][3:10] == ["1,300", "50.0 (49.0-51.0)", "1.300", "80.0 %", "1.67", "60.0 %", "30.0 %"]
+    assert rows[0][5:8] == ["-"] * 3 and rows[0][8:10] == ["50.0 %", "-"] and rows[0][-1] == "5.000"
+    assert len({len(row) for row in rows}) == 1
+
+
+def test_an_emulated_run_has_no_speed(tmp_path):
+    make_run(tmp_path, "a", losses=5.0)
+    make_run(tmp_path, "b", fp8=FP8 | {"emulated": True}, losses=5.2, tokens_per_s=3.0)
+    row = cells(report_fp8.training_table(tmp_path))[1]
+    assert row[1] == "fp8 tensorwise, emulated" and set(row[3:-1]) == {"-"} and row[-1] == "5.200"
 
 
 def test_parity_rows(outputs):
@@ -62,7 +74,8 @@ def test_parity_rows(outputs):
 
 
 def test_another_batch_or_card_is_no_baseline(outputs):
-    for change in ({"device_name": "other card"}, {"settings": {"batch_size": 4}}):
+    changes = ({"device_name": "other card"}, {"settings": {"batch_size": 4}}, {"settings": {"use_compile": True}})
+    for change in changes:
         path = outputs / "fp8" / "a" / "run.json"
         before = path.read_text()
         info = json.loads(before)
