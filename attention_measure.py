@@ -33,7 +33,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from attention import DTYPES, attention, observe_kernel, packed_attention, score_bias, sequence_starts, visible_keys
+from attention import DTYPES, attention, packed_attention
+from attention_kernels import observe_kernel, score_bias, sequence_starts, visible_keys
 from attention_support import FULL, choose_backend, unsupported_reason
 from memory_tracker import MemoryTracker
 from utils import SettingsError, is_out_of_memory, percentile

@@ -43,11 +43,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attention import packed_attention
+from host_offload import HostOffload
 from precision import autocast, set_precision
 from technique_bench import Cost, Study, measure, relative_error
 from utils import GIB, SettingsError, parse_settings, run_script, setting
@@ -65,7 +65,13 @@ ATTENTION_OPERATORS = (
     "torch_attn._varlen_attn.default",
     "memory_lab.short_attention.default",
 )
-MATMUL_OPERATORS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.linear.default")
+MATMUL_OPERATORS = (
+    "aten.mm.default",
+    "aten.addmm.default",
+    "aten.bmm.default",
+    "aten.linear.default",
+    "aten._scaled_mm.default",  # FP8's, in compiled code
+)
 KEPT_OPERATORS = {"selective": ATTENTION_OPERATORS, "selective_matmul": ATTENTION_OPERATORS + MATMUL_OPERATORS}
 NO_KEPT_OPERATOR = ("eager", "sdpa_math", "flex")  # no fused operator, or one compiled out of sight
 
@@ -197,98 +203,6 @@ def selectively_checkpointed(
 # --------------------------------------------------------------------------------------------------------------------
 # Inputs in host memory
 # --------------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-class Parked:
-    """One block's input while it is away. `earlier` is the block before; the last block's input stays (`here`)."""
-
-    def __init__(self, host: torch.Tensor | None, here: torch.Tensor | None, earlier: "Parked | None"):
-        self.host, self.here, self.earlier = host, here, earlier
-        self.fetched: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
-
-
-class HostOffload:
-    """Takes the inputs of one forward pass's blocks to host memory and back; make a new one for every forward pass.
-
-    Copies run on a stream of their own. A source is held until the computing stream has waited for its copy, at most
-    IN_FLIGHT blocks later; only then may the allocator give its memory away, which needs no record_stream and so does
-    not depend on how far the CPU runs ahead. What comes back is allocated on the copying stream: if a backward pass
-    breaks off, its memory can only go to a later copy. The pinned buffers come from PyTorch's cache of them, which
-    knows the copies under way. On a CPU the same copies are made without streams, for tests.
-    """
-
-    IN_FLIGHT = 2
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stream = _copy_stream(device) if device.type == "cuda" else None
-        self.last: Parked | None = None
-        self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-        self.address, self.stays = 0, False
-
-    def run(self, block: nn.Module, hidden_states: torch.Tensor, stays: bool) -> torch.Tensor:
-        """`checkpointed`, with the input in host memory unless it `stays` (the last block's, needed again at once)."""
-        self.address, self.stays = hidden_states.data_ptr(), stays
-        with saved_tensors_hooks(self.pack, self.unpack):
-            return checkpointed(block, hidden_states)
-
-    def finish(self) -> None:
-        """The forward pass is over: free the last sources. Host memory lives as long as the graph."""
-        self._free_sources(0)
-        self.last = None
-
-    def pack(self, tensor: torch.Tensor) -> Any:
-        """What autograd keeps in place of a tensor; only the block's input is touched."""
-        if tensor.data_ptr() != self.address or tensor.numel() == 0:
-            return tensor
-        tensor, host = tensor.detach(), None  # a graph must not hold itself through its hooks
-        if not self.stays and self.stream is None:
-            host = tensor.clone()
-        elif not self.stays:
-            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                host.copy_(tensor, non_blocking=True)
-                self.leaving.append((tensor, self.stream.record_event()))
-            self._free_sources(self.IN_FLIGHT)
-        self.last = Parked(host, tensor if self.stays else None, self.last)
-        return self.last
-
-    def unpack(self, parked: Any) -> torch.Tensor:
-        """The tensor on its device again; the copy of the block before, which is needed next, is started."""
-        if not isinstance(parked, Parked):
-            return parked
-        tensor = parked.here
-        if tensor is None:
-            self._fetch(parked)
-            (tensor, arrived), parked.fetched = parked.fetched, None
-            if arrived is not None:
-                torch.cuda.current_stream(self.device).wait_event(arrived)
-        if parked.earlier is not None:
-            self._fetch(parked.earlier)
-        return tensor
-
-    def _fetch(self, parked: Parked) -> None:
-        if parked.fetched is not None:
-            return
-        if self.stream is None:
-            parked.fetched = parked.host.clone(), None
-            return
-        # The memory it gets may have held an earlier input that the computing stream still reads.
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            tensor = parked.host.to(self.device, non_blocking=True)
-            parked.fetched = tensor, self.stream.record_event()
-
-    def _free_sources(self, remaining: int) -> None:
-        while len(self.leaving) > remaining:
-            _, left = self.leaving.popleft()
-            torch.cuda.current_stream(self.device).wait_event(left)
 
 
 def offloaded(

@@ -61,7 +61,7 @@ from comparison_cases import (
 )
 from dataset import DATASET_NAMES
 from run_folder import StopRequest, check_writable, describe_environment, write_atomically
-from utils import SettingsError, parse_settings, run_script, setting
+from utils import SettingsError, parse_settings, read_names, run_script, setting
 
 
 # fmt: off
@@ -198,9 +198,7 @@ def find_environment(settings: Settings) -> dict[str, Any]:
 
 def check_settings(settings: Settings) -> list[str]:
     """The names of the experiments, once every setting is in range and has an effect."""
-    experiments = split_list(settings.experiment)
-    if not experiments or not set(experiments) <= set(EXPERIMENTS) or len(set(experiments)) < len(experiments):
-        raise SettingsError(f"--experiment {settings.experiment} must be different ones of {', '.join(EXPERIMENTS)}")
+    experiments = read_names("experiment", settings.experiment, EXPERIMENTS)
     for name, experiment in (
         ("memory_budget_gib", "max_batch"),
         ("factors", "factorial"),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from case_runner import Case, read_flags, split_list
-from utils import SettingsError
+from utils import SettingsError, read_names
 
 EXPERIMENTS = ("seed", "factorial", "max_batch", "quality")
 SMOKE_BATCH = {64: 8, 125: 8, 195: 12, 303: 19}
@@ -186,9 +186,7 @@ def make_cases(experiment: str, size: str, settings: Any, device_memory_gib: flo
                 add(name, words, flags, size_flag, length, "--epochs 30 --evaluate_on none")
     elif experiment == "factorial":
         default = SMOKE_FACTORS if smoke else tuple(FACTORS)
-        chosen = list(default) if settings.factors is None else split_list(settings.factors)
-        if not chosen or not set(chosen) <= set(FACTORS) or len(set(chosen)) < len(chosen):
-            raise SettingsError(f"--factors {settings.factors} must be different ones of {','.join(FACTORS)}")
+        chosen = list(default) if settings.factors is None else read_names("factors", settings.factors, list(FACTORS))
         length = f"--batch_size {batch(64)} --max_steps {16 if not smoke else 8} --tracked_steps {2 if smoke else 3} "
         length += f"--measured_steps {4 if smoke else 10} --epochs 16 --evaluate_on none"
         for on in all_combinations([name for name in FACTORS if name in chosen]):

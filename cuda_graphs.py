@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from optimizers import Stack, make_optimizer
 from precision import autocast, set_precision
 from technique_bench import Study, compare, interleaved, middle
-from utils import GIB, SettingsError, parse_settings, run_script, setting
+from utils import GIB, SettingsError, parse_settings, read_rising, run_script, setting
 
 Step = Callable[..., torch.Tensor]
 
@@ -157,26 +157,11 @@ class Problem:
         return [torch.stack(losses), *(parameter.detach().clone() for parameter in self.model.parameters())]
 
 
-def read_rows(words: str) -> list[int]:
-    """Rising numbers, separated by commas.
-
-    Raises:
-        SettingsError: they are not.
-    """
-    try:
-        rows = [int(word) for word in words.split(",")]
-    except ValueError:
-        rows = []
-    if not rows or rows != sorted(set(rows)) or rows[0] < 1:
-        raise SettingsError(f"--rows {words} must be rising numbers such as 256,1024")
-    return rows
-
-
 def main() -> int:
     """A training step launched kernel by kernel and as a graph, at every number of rows."""
     settings = parse_settings(Settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = read_rows(settings.rows)
+    rows = read_rising("rows", settings.rows)
     for name in ("num_layers", "width", "rounds", "repeats"):
         if getattr(settings, name) < 1:
             raise SettingsError(f"--{name} must be at least 1, not {getattr(settings, name)}")

@@ -33,11 +33,21 @@ from torch import nn
 from tqdm import tqdm
 
 from cuda_graphs import RecordedStep
-from precision import FP8_RECIPES, autocast, convert_to_fp8, fp8_unsupported_reason, set_precision
+from precision import FP8_MULTIPLE, FP8_RECIPES, autocast, convert_to_fp8, fp8_unsupported_reason, set_precision
 from run_folder import RunFolder, describe_environment, now
 from technique_bench import Cost, measure, relative_error
 from transformer_based_llm import MODEL_SIZES, TransformerLM, model_config
-from utils import SettingsError, is_out_of_memory, parse_settings, peak_tflops, run_script, setting
+from utils import (
+    GIB,
+    SettingsError,
+    is_out_of_memory,
+    parse_settings,
+    peak_tflops,
+    read_names,
+    read_rising,
+    run_script,
+    setting,
+)
 
 QUESTIONS = ("products", "layers", "blocks")
 SHAPES = (("square", 1, 1), ("expand", 1, 4), ("contract", 4, 1))  # name, inputs and outputs in widths
@@ -169,7 +179,7 @@ class Step:
         before = torch.cuda.memory_allocated()
         output = self.forward()  # lives as long as its graph does
         held = torch.cuda.memory_allocated() - before - output.numel() * output.element_size()
-        return held / 2**30
+        return held / GIB
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -234,12 +244,13 @@ class Benchmark:
     ) -> None:
         """Rows of one module, built for a variant: fp32 as reference (not timed), bf16 and every recipe."""
         exact: list[torch.Tensor] | None = None
-        for variant in ("fp32", "bf16", *split(self.settings.recipes)):
+        for variant in ("fp32", "bf16", *self.settings.recipes.split(",")):
+            step, found = None, None  # of the variant before
             torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()
             torch.manual_seed(0)
-            step, found = None, None
+            others = torch.cuda.memory_allocated()  # the reference's results, which are not the module's
             try:
                 step = Step(build(variant), shape, variant, torch.bfloat16 if question == "layers" else torch.float32)
                 found = step.results()
@@ -256,24 +267,10 @@ class Benchmark:
             del found
             same = error < LARGEST_ERROR  # what computes another function gets no time
             cost, kept = (self.measure(step), step.kept_gib()) if same else (Cost("error"), 0.0)
+            if cost.peak_gib is not None:
+                cost = replace(cost, peak_gib=round(cost.peak_gib - others / GIB, 5))
             seen = {"kept_gib": round(kept, 5) if same else None, "error": float(f"{error:.3g}")}
             self.add(cost, question=question, flop=flop, variant=variant, **facts, **seen)
-            del step
-
-
-def split(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def numbers(text: str, flag: str) -> list[int]:
-    """ "768,1024" as rising multiples of 16."""
-    try:
-        values = sorted({int(word) for word in split(text)})
-    except ValueError:
-        values = []
-    if not values or values[0] < 16 or any(value % 16 for value in values):
-        raise SettingsError(f"--{flag} {text} must be multiples of 16, such as 768,1024")
-    return values
 
 
 def block_of(size: str, attention_backend: str) -> tuple[Callable[[str], nn.Module], int, int, float]:
@@ -327,12 +324,10 @@ def break_even(rows: Iterable[dict[str, Any]], question: str) -> list[dict[str, 
 
 def check(settings: Settings, device: torch.device) -> None:
     """Raise a SettingsError for wrong settings, or where FP8 cannot run."""
-    for flag, known in (("questions", QUESTIONS), ("recipes", FP8_RECIPES), ("models", MODEL_SIZES)):
-        given = split(getattr(settings, flag))
-        if not given or any(word not in known for word in given):
-            raise SettingsError(f"--{flag} {getattr(settings, flag)} must be some of {', '.join(known)}")
-    numbers(settings.widths, "widths")
-    numbers(settings.tokens, "tokens")
+    for flag, known in (("questions", QUESTIONS), ("recipes", FP8_RECIPES), ("models", list(MODEL_SIZES))):
+        read_names(flag, getattr(settings, flag), known)
+    for flag in ("widths", "tokens"):
+        read_rising(flag, getattr(settings, flag), multiple=FP8_MULTIPLE)
     if settings.repeats < 1:
         raise SettingsError(f"--repeats must be at least 1, not {settings.repeats}")
     if settings.block_tokens < 4096 or settings.block_tokens % 4096:
@@ -348,7 +343,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check(settings, device)
     set_precision("fp32", device)  # the reference is fp32 and not TF32
-    questions = split(settings.questions)
+    questions = settings.questions.split(",")
     run = RunFolder.create(settings.output_folder, settings.experiment, settings.run_name, unique=True)
     run.update(
         status="running",
@@ -362,13 +357,13 @@ def main() -> int:
     shapes = [
         (name, width, tokens, width * inputs, width * outputs)
         for name, inputs, outputs in SHAPES
-        for tokens in numbers(settings.tokens, "tokens")
-        for width in numbers(settings.widths, "widths")
+        for tokens in read_rising("tokens", settings.tokens, multiple=FP8_MULTIPLE)
+        for width in read_rising("widths", settings.widths, multiple=FP8_MULTIPLE)
     ]
     jobs: list[Callable[[], None]] = []
     if "products" in questions:
         for shape in shapes:
-            jobs += [lambda s=shape, v=v: bench.products(*s, v) for v in ("bf16", *split(settings.recipes))]
+            jobs += [lambda s=shape, v=v: bench.products(*s, v) for v in ("bf16", *settings.recipes.split(","))]
     if "layers" in questions:
         for name, width, tokens, inputs, outputs in shapes:
             facts = {"name": name, "width": width, "tokens": tokens, "inputs": inputs, "outputs": outputs}
@@ -376,14 +371,19 @@ def main() -> int:
             flop = 6 * tokens * inputs * outputs
             jobs.append(lambda b=build, s=(tokens, inputs), f=flop, k=facts: bench.module("layers", b, s, f, **k))
     if "blocks" in questions:
-        for size in split(settings.models):
+        for size in settings.models.split(","):
             build, width, context, flop = block_of(size, settings.attention_backend)
             shape = (settings.block_tokens // context, context, width)
             facts = {"name": size, "width": width, "tokens": settings.block_tokens}
             flop *= settings.block_tokens
             jobs.append(lambda b=build, s=shape, f=flop, k=facts: bench.module("blocks", b, s, f, **k))
-    for job in tqdm(jobs, desc="measuring", leave=False, disable=None):
-        job()
+    try:
+        for job in tqdm(jobs, desc="measuring", leave=False, disable=None):
+            job()
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
+        run.update(status=status, error=f"{type(error).__name__}: {error}"[:300])
+        raise
     answers = [answer for question in questions for answer in break_even(bench.rows, question)]
     for answer in answers:
         lost, won = answer["slower_at"], answer["faster_from"]

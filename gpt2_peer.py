@@ -28,7 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import utils
-from attention import observe_kernel
+from attention_kernels import observe_kernel
 from batch_size import use_expandable_segments
 from dataset import DATASET_NAMES, TextData, load_text_data
 from memory_tracker import MemoryTracker

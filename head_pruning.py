@@ -46,7 +46,7 @@ from attention_support import BACKENDS, choose_backend
 from optimizers import OptimizerInBackward
 from precision import AUTOCAST_DTYPES, autocast, set_precision
 from technique_bench import Study, clearly_faster, compare, interleaved, middle, time_difference
-from utils import GIB, SettingsError, parse_settings, run_script, setting
+from utils import GIB, SettingsError, parse_settings, read_rising, run_script, setting
 
 METHODS = ("static_conservative", "static_random", "dynamic")
 MODES = ("structural", "masked")
@@ -396,12 +396,7 @@ def main() -> int:
             raise SettingsError(f"--{name} must be at least 1, not {getattr(settings, name)}")
     if settings.num_heads < 2:
         raise SettingsError("--num_heads must be at least 2, so that some can be removed")
-    try:
-        widths = sorted({int(word) for word in settings.widths.split(",")})
-    except ValueError:
-        widths = []
-    if not widths or any(width < 2 * settings.head_dim or width % (2 * settings.head_dim) for width in widths):
-        raise SettingsError(f"--widths {settings.widths} must be multiples of 2 x head_dim = {2 * settings.head_dim}")
+    widths = read_rising("widths", settings.widths, multiple=2 * settings.head_dim)
     set_precision(settings.precision, device)
     dtype = AUTOCAST_DTYPES.get(settings.precision, torch.float32)
     if settings.attention_backend == "auto":

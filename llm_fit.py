@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from attention import observe_kernel
+from attention_kernels import observe_kernel
 from batch_size import Probe, find_batch_size, memory_kept_free
 from dataset import TextData
 from llm_plan import Plan

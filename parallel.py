@@ -209,10 +209,10 @@ def sent_bytes(method: str | None, world_size: int, parameters: int, gathered_by
 class Settings:
     """Settings of `torchrun --nproc_per_node=N parallel.py`."""
 
-    num_layers: int | None = setting(None, "blocks (default: 12 with a GPU, 4 without)")
+    num_layers: int | None = setting(None, "blocks (default: 6 with a GPU, 4 without)")
     width: int | None = setting(None, "width of a block (default: 2048 with a GPU, 256 without)")
     vocab_size: int | None = setting(None, "entries of embedding and head (default: 32000 with a GPU, 512 without)")
-    tokens: int | None = setting(None, "in the batch of all processes (default: 8192 a GPU, 256 a process without)")
+    tokens: int | None = setting(None, "in the batch of all processes (default: 4096 a GPU, 256 a process without)")
     repeats: int = setting(10, "timed steps")
 
 
@@ -306,10 +306,10 @@ def main() -> int:
             )
         device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         cuda = device.type == "cuda"
-        settings.num_layers = settings.num_layers or (12 if cuda else 4)
+        settings.num_layers = settings.num_layers or (6 if cuda else 4)
         settings.width = settings.width or (2048 if cuda else 256)
         settings.vocab_size = settings.vocab_size or (32000 if cuda else 512)
-        settings.tokens = settings.tokens or (8192 if cuda else 256) * ranks.world_size
+        settings.tokens = settings.tokens or (4096 if cuda else 256) * ranks.world_size
         if min(settings.num_layers, settings.width, settings.vocab_size, settings.repeats) < 1:
             raise AgreedError("--num_layers, --width, --vocab_size and --repeats must be at least 1")
         if settings.tokens < 1 or settings.tokens % ranks.world_size:

@@ -37,7 +37,7 @@ from optimizers import make_optimizer
 from patchtst import PatchTST, flops_per_window, patchtst_config
 from precision import AUTOCAST_DTYPES, autocast, set_precision
 from technique_bench import Cost, Study, clearly_faster, compare, interleaved, middle, time_difference
-from utils import SettingsError, count_parameters, parse_settings, run_script, setting
+from utils import SettingsError, count_parameters, parse_settings, read_names, read_rising, run_script, setting
 
 QUESTIONS = ("peer", "break_even", "pruned_step")
 
@@ -406,15 +406,8 @@ def read_settings() -> tuple[Settings, torch.device, list[str], list[str], list[
     for name in ("batch_size", "channels", "horizon", "patch_length", "rounds", "repeats"):
         if getattr(settings, name) < 1:
             raise SettingsError(f"--{name} must be at least 1, not {getattr(settings, name)}")
-    questions = settings.questions.split(",")
-    if not set(questions) <= set(QUESTIONS) or len(set(questions)) < len(questions):
-        raise SettingsError(f"--questions {settings.questions} must be different ones of {', '.join(QUESTIONS)}")
-    try:
-        sizes = [int(word) for word in settings.break_even_tokens.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1:
-        raise SettingsError(f"--break_even_tokens {settings.break_even_tokens} must be rising numbers such as 8,16,32")
+    questions = read_names("questions", settings.questions, QUESTIONS)
+    sizes = read_rising("break_even_tokens", settings.break_even_tokens)
     set_precision(settings.precision, device)
     dtype = AUTOCAST_DTYPES.get(settings.precision, torch.float32)
     model = our_model(settings, "eager")

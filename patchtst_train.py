@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from attention import observe_kernel
+from attention_kernels import observe_kernel
 from attention_support import BACKENDS, sequences_refusal
 from head_pruning import (
     IMPORTANCES,

@@ -31,11 +31,11 @@ Micikevicius et al. 2022, FP8 Formats for Deep Learning, arXiv 2209.05433; torch
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import logging
 import re
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -44,7 +44,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils import SettingsError, parse_settings, percentile, run_script, setting
+from technique_bench import measure, relative_error
+from utils import SettingsError, parse_settings, run_script, setting
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # of every trainer; llm_train.py has fp8 beside them
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -269,9 +270,13 @@ def main() -> int:
             print(f"{precision:<24}{reason}")
             continue
         set_precision(precision, device)
-        with autocast(precision, device):
-            product, seconds = timed(lambda: left @ right, settings.repeats, device)
-        print(row(precision, seconds, settings.width, relative_error(product, exact)))
+
+        def multiply(precision: str = precision) -> torch.Tensor:
+            with autocast(precision, device):
+                return left @ right
+
+        cost = measure(multiply, device, repeats=settings.repeats)
+        print(row(precision, cost.ms, settings.width, relative_error([multiply()], [exact])))
     missing = importlib.util.find_spec("torchao") is None
     if missing or settings.width % FP8_MULTIPLE:
         reason = f"needs a width that {FP8_MULTIPLE} divides, not {settings.width}"
@@ -283,42 +288,22 @@ def main() -> int:
         layer[0].weight = nn.Parameter(right.T.to(torch.bfloat16).contiguous())
         convert_to_fp8(layer, recipe, emulated=emulated)
         inputs = left.to(torch.bfloat16)
-        if emulated:
-            product, seconds = layer(inputs), None
-        else:
+        milliseconds = None
+        if not emulated:
             layer = torch.compile(layer, fullgraph=True)
-            product, seconds = timed(lambda layer=layer, x=inputs: layer(x), settings.repeats, device)
-        print(row(f"fp8 {recipe}", seconds, settings.width, relative_error(product, exact)))
+            forward = functools.partial(layer, inputs)
+            milliseconds = measure(forward, device, repeats=settings.repeats, compiled=True).ms
+        print(row(f"fp8 {recipe}", milliseconds, settings.width, relative_error([layer(inputs)], [exact])))
         if emulated and recipe == FP8_RECIPES[-1]:
             print("fp8 was emulated: this machine has no FP8 units, so there is no time to show")
     return 0
 
 
-def timed(multiply: Callable[[], torch.Tensor], repeats: int, device: torch.device) -> tuple[torch.Tensor, float]:
-    """The last product and the median seconds of `repeats`, after one that warms up."""
-    product = multiply()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        product = multiply()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return product, percentile(times, 50)
-
-
-def relative_error(product: torch.Tensor, exact: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of the exact product."""
-    return ((product.double() - exact).norm() / exact.norm()).item()
-
-
-def row(name: str, seconds: float | None, width: int, error: float) -> str:
-    """A line of the table; without seconds there is no rate."""
-    if seconds is None:
+def row(name: str, milliseconds: float | None, width: int, error: float) -> str:
+    """A line of the table; without a time there is no rate."""
+    if milliseconds is None:
         return f"{name:<24}{'-':>9}{'-':>10}{error:>17.1e}"
-    return f"{name:<24}{1000 * seconds:>9.3f}{2 * width**3 / seconds / 1e12:>10.2f}{error:>17.1e}"
+    return f"{name:<24}{milliseconds:>9.3f}{2 * width**3 / milliseconds / 1e9:>10.2f}{error:>17.1e}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report_text import ROOT, markdown, not_run, plain, read_json, read_table, shown
+from report_text import ROOT, markdown, not_run, percent, plain, read_json, read_table, shown
 from run_results import Run, read_run
 from utils import SettingsError, parse_settings, run_script, setting
 
@@ -76,10 +76,6 @@ def baseline_of(run: Run, runs: list[Run]) -> Run | None:
         return other.info["model_size"], other.info["device_name"], sorted(settings.items(), key=lambda item: item[0])
 
     return next((other for other in runs if other.info["precision"] == "bf16" and facts(other) == facts(run)), None)
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def training_table(outputs: Path) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report_text import ROOT, markdown, place, plain, read_json, shown, signed
+from report_text import ROOT, markdown, percent, place, plain, read_json, shown, signed
 from utils import SettingsError
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -27,10 +27,6 @@ def break_even_words(answer: dict[str, Any]) -> str:
     return f"from {high:,} {unit} on " + (f"(not yet at {low:,})" if low is not None else "(the smallest tried)")
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.1f} %"
-
-
 def technique_table(outputs: Path, name: str) -> str:
     """What a technique file measured: saved by formula and in fact, extra time, exactness, break-even sizes."""
     info = read_json(outputs / "techniques" / name / "run.json")
@@ -42,7 +38,7 @@ def technique_table(outputs: Path, name: str) -> str:
         line = [plain(row["variant"]), plain(row["baseline"] or "-")]
         if row["status"] == "ok":
             result = (row["exactness"] or "-") + (error if row["exactness"] != "bitwise" else "")
-            line += [shown(row["peak_gib"], 4), *saved, percent(row["extra_time"]), shown(row["ms"]), result]
+            line += [shown(row["peak_gib"], 4), *saved, percent(row["extra_time"], sign="+"), shown(row["ms"]), result]
         else:
             line += [row["status"], *["-"] * 5]
         lines.append([*line, plain(row["note"] or "")])
@@ -88,9 +84,9 @@ ADOPTIONS = (
     Adoption("bf16 autocast", "--precision bf16", (("precision.py", ("set_precision", "autocast")),), capability="8.0"),
     Adoption("fp16 autocast with a scaler", "--precision fp16",
              (("precision.py", ("set_precision", "autocast", "make_scaler")),), capability="7.0"),
-    Adoption("PyTorch's fused attention", "--attention_backend sdpa", (("attention.py", ("_sdpa",)),),
+    Adoption("PyTorch's fused attention", "--attention_backend sdpa", (("attention_kernels.py", ("sdpa_attention",)),),
              capability="5.0 (flash: 8.0)"),
-    Adoption("flash-attn", "--attention_backend flash_attn", (("attention.py", ("_flash_attn",)),),
+    Adoption("flash-attn", "--attention_backend flash_attn", (("attention_kernels.py", ("flash_attn_attention",)),),
              packages="flash-attn", capability="8.0"),
     Adoption("checkpointing, every block", "--gradient_checkpointing block", ((CHECKPOINTING, ("checkpointed",)),),
              measured=("checkpointing", "block")),
@@ -98,7 +94,7 @@ ADOPTIONS = (
              ((CHECKPOINTING, ("RandomStateOfKept", "_policy", "_contexts", "selectively_checkpointed")),),
              measured=("checkpointing", "selective")),
     Adoption("saved tensors in host memory", "--gradient_checkpointing offload",
-             ((CHECKPOINTING, ("_copy_stream", "Parked", "HostOffload", "offloaded")),),
+             (("host_offload.py", ("copy_stream", "Parked", "HostOffload")), (CHECKPOINTING, ("offloaded",))),
              measured=("checkpointing", "offload")),
     Adoption("memory budget of the compiler", "--activation_memory_budget 0.5",
              ((CHECKPOINTING, ("set_activation_memory_budget",)),), compilation="yes", capability="7.0",

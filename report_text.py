@@ -43,6 +43,11 @@ def not_run(what: str, command: str) -> str:
     return f"Not run yet: {what} (`{command}`)."
 
 
+def percent(value: float | None, decimals: int = 1, sign: str = "") -> str:
+    """A share as "12.3 %", with sign "+" as "+12.3 %"; "-" for what was not measured."""
+    return "-" if value is None else f"{100 * value:{sign}.{decimals}f} %"
+
+
 def place(path: Path) -> str:
     """The path as a reader of the repository knows it."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report_text import ROOT, markdown, not_run, place, plain, read_json, shown
+from report_text import ROOT, markdown, not_run, percent, place, plain, read_json, shown
 from run_results import Case, read_experiment
 from utils import SettingsError, parse_settings, run_script, setting
 from vit_results import (
@@ -60,10 +60,6 @@ GOALS = (  # what the long run is held against: model, parameters, epochs, minut
 
 def study_command(study: str, data: str) -> str:
     return f"python vit_train.py --experiment {study} --dataset {data} {DATA_PATHS[data]}"
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
 
 
 def spread(results: dict[str, Any], key: str = "test_accuracy") -> str:
@@ -151,7 +147,7 @@ def ablation_table(outputs: Path, data: str) -> str:
             line += [
                 f"{results['parameters']:,}",
                 minutes(results),
-                percent(results["validation_accuracy"]),
+                percent(results["validation_accuracy"], 2),
                 spread(results),
                 "-" if name == CONTROL else difference(results, control, noise),
                 rate(case),
@@ -242,7 +238,7 @@ def tokens_table(outputs: Path, data: str = "cifar10") -> str:
                 plain(case.name),
                 case.words,
                 str(case.info["model"]["num_tokens"]),
-                percent(results["validation_accuracy"]),
+                percent(results["validation_accuracy"], 2),
                 spread(results),
                 times_of_seeds(results, "step_ms_median"),
                 shown(cut),

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from utils import SettingsError, parse_settings, run_script, setting
+from utils import SettingsError, parse_settings, read_rising, run_script, setting
 
 MAX_TOKENS, MAX_HEAD_DIM = 128, 128
 HEADS_A_PROGRAM = 1  # of one sequence, one after another
@@ -273,7 +273,8 @@ class Settings:
 
 def main() -> int:
     """Forward and backward of every kernel for packed q, k and v; then the tokens from which on another one wins."""
-    from attention import DTYPES, eager_attention, packed_attention  # which import this file
+    from attention import DTYPES, packed_attention  # which import this file
+    from attention_kernels import eager_attention
     from attention_support import BACKENDS, FULL, unsupported_reason
     from technique_bench import Study, clearly_faster, compare, interleaved, middle
 
@@ -282,12 +283,7 @@ def main() -> int:
         if getattr(settings, name) < 1:
             raise SettingsError(f"--{name} must be at least 1, not {getattr(settings, name)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        sizes = [int(word) for word in settings.break_even_tokens.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or sizes != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= MAX_TOKENS:
-        raise SettingsError(f"--break_even_tokens {settings.break_even_tokens} must be rising and up to {MAX_TOKENS}")
+    sizes = read_rising("break_even_tokens", settings.break_even_tokens, most=MAX_TOKENS)
     dtype, causal = DTYPES[settings.precision], settings.causal
     options = {"causal": causal, "tokens": max(settings.tokens, *sizes)}
     refusal = unsupported_reason("short", device, dtype, FULL, settings.head_dim, **options)

@@ -162,11 +162,11 @@ def profile_steps(
         model: whose linear layers make the floor.
         tokens: of one batch.
         batches: of one step, all counted as if they had that many tokens.
-        precision: of the matrix products.
+        precision: of the matrix products. Those of fp8 are timed alone in bf16: FP8 can go below that floor.
 
     Returns:
-        steps, step_ms (median without the profiler), categories (name, ms a step, share of step_ms), the floor of the
-        matrix products and their rates.
+        steps, step_ms (median without the profiler), categories (name, ms a step, share of step_ms), the dtype of the
+        matrix products alone, their floor and their rates.
     """
     clock = StepClock(torch.device("cuda"))
     phases = ProfiledPhases()
@@ -191,11 +191,13 @@ def profile_steps(
         if name in totals
     ]
     counts = {product: batches * count for product, count in matmul_shapes(model, tokens).items()}
-    products = time_products(counts, AUTOCAST_DTYPES.get(precision, torch.float32))
+    dtype = AUTOCAST_DTYPES.get(precision, torch.float32)
+    products = time_products(counts, dtype)
     return {
         "steps": steps,
         "step_ms": round(step_ms, 3),
         "categories": categories,
+        "matmul_dtype": str(dtype).removeprefix("torch."),
         **products,
     }
 
@@ -206,7 +208,7 @@ def profile_table(result: dict[str, Any]) -> str:
     lines += [f"{row['name']:<18}{row['ms']:>9.2f}{100 * row['share']:>7.1f} %" for row in result["categories"]]
     rate = 1000 * result["matmul_tflop"] / result["matmul_floor_ms"]
     lines.append(
-        f"step {result['step_ms']:.2f} ms; its matrix products alone, "
+        f"step {result['step_ms']:.2f} ms; its matrix products alone in {result['matmul_dtype']}, "
         f"{result['matmul_tflop']:.2f} TFLOP at {rate:.0f} TFLOP/s: {result['matmul_floor_ms']:.2f} ms"
     )
     return "\n".join(lines)

@@ -116,6 +116,36 @@ def read_seeds(text: str) -> list[int]:
     return seeds
 
 
+def read_names(flag: str, text: str, known: Sequence[str]) -> list[str]:
+    """ "a,b" as a list.
+
+    Raises:
+        SettingsError: nothing, an unknown name, or one twice.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or not set(names) <= set(known) or len(set(names)) < len(names):
+        raise SettingsError(f"--{flag} {text} must be different ones of {', '.join(known)}")
+    return names
+
+
+def read_rising(flag: str, text: str, *, most: int | None = None, multiple: int = 1) -> list[int]:
+    """ "8,16,32" as a list.
+
+    Raises:
+        SettingsError: no rising whole numbers from 1 up to `most`, or one that `multiple` does not divide.
+    """
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    rising = numbers and numbers == sorted(set(numbers)) and numbers[0] >= 1
+    if not rising or (most is not None and numbers[-1] > most) or any(number % multiple for number in numbers):
+        bounds = (f" up to {most}" if most is not None else "") + (f", multiples of {multiple}" if multiple > 1 else "")
+        example = ",".join(str(number * multiple) for number in (4, 8, 16))
+        raise SettingsError(f"--{flag} {text} must be rising numbers{bounds}, such as {example}")
+    return numbers
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is the device's (or the budget's) memory running out, and not a bug or a limit of a kernel."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

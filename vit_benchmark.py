@@ -45,7 +45,7 @@ from precision import AUTOCAST_DTYPES, set_precision
 from quadtree import SIZES, quadtree, valid_counts
 from simple_vit_peer import IMAGE_SIZE, NUM_CLASSES, OnImages, SimpleViT, our_peer
 from technique_bench import Study, interleaved, middle
-from utils import SettingsError, parse_settings, run_script, setting
+from utils import SettingsError, parse_settings, read_names, read_rising, run_script, setting
 from vit import MODEL_SIZES, ViT, ViTConfig, vit_config
 from vit_measure import DECATT_WEIGHT, RECORDED, Gate, Variant, free, run_variants
 
@@ -293,18 +293,9 @@ def read_settings() -> tuple[Settings, torch.device, list[str], list[str], list[
         raise SettingsError("--use_cuda_graphs true records compiled variants; leave --use_compile false out")
     if settings.use_cuda_graphs and (reason := cuda_graphs_refusal(device)) is not None:
         raise SettingsError(reason)
-    questions, backends = settings.questions.split(","), settings.backends.split(",")
-    for name, words, known in (("questions", questions, QUESTIONS), ("backends", backends, BACKENDS)):
-        if not set(words) <= set(known) or len(set(words)) < len(words):
-            raise SettingsError(f"--{name} {','.join(words)} must be different ones of {', '.join(known)}")
-    try:
-        counts = [int(word) for word in settings.token_counts.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or counts != sorted(set(counts)) or not 1 <= counts[0] <= counts[-1] <= MOST_PATCHES:
-        raise SettingsError(
-            f"--token_counts {settings.token_counts} must be rising numbers up to {MOST_PATCHES} such as 36,64"
-        )
+    questions = read_names("questions", settings.questions, list(QUESTIONS))
+    backends = read_names("backends", settings.backends, list(BACKENDS))
+    counts = read_rising("token_counts", settings.token_counts, most=MOST_PATCHES)
     if "tokens" in questions and not mixed_counts(counts):
         raise SettingsError(
             f"--token_counts {settings.token_counts} has no number of mixed tokens, which the tokeniser is timed with; "

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from attention import observe_kernel
+from attention_kernels import observe_kernel
 from attention_support import BACKENDS
 from checkpointing import METHODS
 from image_dataset import DATASETS, ImageData, load_images, split_images

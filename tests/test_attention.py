@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 import attention
+import attention_kernels
 import attention_support
-from attention import KernelObserver, observe_kernel, packed_attention, score_bias
 from attention import attention as attend
+from attention import packed_attention
+from attention_kernels import KernelObserver, observe_kernel, score_bias
 from attention_support import BACKENDS, FULL, SDPA_KERNELS, choose_backend, unsupported_reason
 from memory_tracker import LiveTensorCounter
 from utils import SettingsError
@@ -432,7 +434,7 @@ def test_mask_of_flex(causal, tokens):
     from torch.nn.attention.flex_attention import create_mask
 
     for window in [FULL, (64, 0), *windows_of(tokens), *TWO_SIDED]:
-        block_mask = attention.flex_block_mask(tokens, causal, window, CPU)
+        block_mask = attention_kernels.flex_block_mask(tokens, causal, window, CPU)
         if not causal and window == FULL:
             assert block_mask is None
             continue
@@ -461,7 +463,7 @@ def uncompiled_flex(monkeypatch):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return plain(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale).transpose(1, 2)
 
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex)
+    monkeypatch.setattr(attention_kernels, "_compiled_flex", lambda: flex)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
@@ -479,7 +481,7 @@ def test_call_of_flex(uncompiled_flex, causal):
 @pytest.fixture
 def nothing_kept():
     """The caches as in a new process; what a stand-in left in them is forgotten afterwards too."""
-    cached = (score_bias, attention.sequence_starts, attention.flex_block_mask)
+    cached = (score_bias, attention_kernels.sequence_starts, attention_kernels.flex_block_mask)
     for function in cached:
         function.cache_clear()
     yield cached
@@ -503,9 +505,9 @@ def test_nothing_kept_is_of_inference_mode(nothing_kept):
     with torch.inference_mode():
         kept = [
             score_bias(8, True, (2, 0), torch.float32, CPU),
-            attention.sequence_starts(2, 8, CPU),
-            attention.flex_block_mask(8, True, (2, 0), CPU).kv_num_blocks,
-            attention.flex_block_mask(8, True, (2, 0), CPU).kv_indices,
+            attention_kernels.sequence_starts(2, 8, CPU),
+            attention_kernels.flex_block_mask(8, True, (2, 0), CPU).kv_num_blocks,
+            attention_kernels.flex_block_mask(8, True, (2, 0), CPU).kv_indices,
         ]
         assert torch.is_inference_mode_enabled() and torch.zeros(1).is_inference()
     assert not any(tensor.is_inference() or tensor.requires_grad for tensor in kept)
@@ -581,7 +583,7 @@ def test_what_cannot_run_says_why(backend, options, sentence):
 @pytest.mark.parametrize("backend", ["varlen", "flex", "flash_attn_3", "flash_attn_4"])
 def test_dropout_is_not_left_out(monkeypatch, backend, window):
     """Refused before anything runs, on a machine where the backend would run."""
-    for name in ("_varlen", "_flex", "_sdpa", "_use_flash_implementation"):
+    for name in ("varlen_attention", "flex_attention", "sdpa_attention", "use_flash_implementation"):
         monkeypatch.setattr(attention, name, lambda *args: pytest.fail("ran without dropout"))
     q = torch.zeros(1, 4, 1, 16)
     with pytest.raises(SettingsError, match=NO_DROPOUT.format(backend)):
@@ -659,9 +661,12 @@ def test_a_reason_that_is_known_goes_before_the_layout():
 
 
 INSIDE = {  # backend: the function that runs it
-    "eager": "eager_attention", "sdpa": "_sdpa", "sdpa_math": "_sdpa", "sdpa_flash": "_sdpa", "sdpa_efficient": "_sdpa",
-    "sdpa_cudnn": "_sdpa", "flash_attn": "_flash_attn", "varlen": "_varlen", "flex": "_flex",
-}  # fmt: skip
+    "eager": "eager_attention",
+    **dict.fromkeys(("sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"), "sdpa_attention"),
+    "flash_attn": "flash_attn_attention",
+    "varlen": "varlen_attention",
+    "flex": "flex_attention",
+}
 
 
 def raising(error):
@@ -748,8 +753,8 @@ def implementations(monkeypatch):
         monkeypatch.setattr(torch.nn.attention, name, function, raising=False)
     # The kernels themselves are not at hand: note what would run, and under which of them.
     monkeypatch.setattr(attention, "unsupported_reason", lambda *args, **options: None)
-    monkeypatch.setattr(attention, "_sdpa", lambda name, q, *rest: state.ran.append((name, state.active)) or q)
-    monkeypatch.setattr(attention, "_varlen", lambda q, *rest: state.ran.append(("varlen", state.active)) or q)
+    monkeypatch.setattr(attention, "sdpa_attention", lambda name, q, *rest: state.ran.append((name, state.active)) or q)
+    monkeypatch.setattr(attention, "varlen_attention", lambda q, *rest: state.ran.append(("varlen", state.active)) or q)
     return state
 
 
@@ -801,7 +806,7 @@ def test_flash_attn_3_and_4_are_refused_on_a_cpu_before_anything_is_activated(mo
     """Activated, they would leave PyTorch's CPU kernel to answer in their place."""
     for name in ("activate_flash_attention_impl", "restore_flash_attention_impl"):
         monkeypatch.setattr(torch.nn.attention, name, lambda *args: pytest.fail("switched"), raising=False)
-    for name in ("_use_flash_implementation", "_sdpa", "_varlen"):
+    for name in ("use_flash_implementation", "sdpa_attention", "varlen_attention"):
         monkeypatch.setattr(attention, name, lambda *args: pytest.fail("ran"))
     q = torch.zeros(1, 4, 1, 16)
     with pytest.raises(SettingsError, match=NO_GPU.format(backend)):
@@ -923,7 +928,7 @@ def test_observed_kernels_are_all_that_ran():
 
 def test_observed_kernel_names_the_implementation(monkeypatch):
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
-    monkeypatch.setattr(attention, "_use_flash_implementation", lambda wanted: None)
+    monkeypatch.setattr(attention, "use_flash_implementation", lambda wanted: None)
     q = torch.randn(1, 8, 2, 16)
     with observe_kernel() as observer:
         attend(q, q, q, backend="sdpa_flash")
@@ -969,10 +974,10 @@ def test_flex_runs_under_observers(monkeypatch):
     inside = []
 
     def flex(q, k, v, block_mask, scale):
-        inside.append(len(attention._get_current_dispatch_mode_stack()))
+        inside.append(len(attention_kernels._get_current_dispatch_mode_stack()))
         return torch.zeros_like(q)
 
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex)
+    monkeypatch.setattr(attention_kernels, "_compiled_flex", lambda: flex)
     q = torch.randn(1, 8, 2, 16)
     attend(q, q, q, backend="flex")
     with observe_kernel() as observer:
@@ -988,7 +993,7 @@ def test_flex_runs_under_observers(monkeypatch):
         attend(q, q, q, backend="sdpa_flash")
     assert "flex_attention (compiled)" in observer.name and "flash_attention" in observer.name
     assert inside == [0] * 4
-    assert attention._get_current_dispatch_mode_stack() == []
+    assert attention_kernels._get_current_dispatch_mode_stack() == []
 
 
 # ---------------------------------------------------------------------------------------------- the script and the seam

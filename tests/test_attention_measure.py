@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import attention_measure
-from attention import DTYPES, packed_attention, score_bias
+from attention import DTYPES, packed_attention
 from attention import attention as attend
+from attention_kernels import score_bias
 from attention_measure import (
     DIRECTIONS,
     TENSORS,

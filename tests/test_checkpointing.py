@@ -15,7 +15,6 @@ import checkpointing
 from attention import flash_attn_error
 from checkpointing import (
     METHODS,
-    HostOffload,
     PreNormBlock,
     offloaded,
     run_blocks,
@@ -23,6 +22,7 @@ from checkpointing import (
     set_activation_memory_budget,
     unsupported_reason,
 )
+from host_offload import HostOffload
 from memory_tracker import LiveTensorCounter, MemoryTracker
 from precision import autocast
 from utils import GIB, SettingsError

@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import cuda_graphs
-from cuda_graphs import Problem, RecordedStep, Settings, make_recordable, read_rows, unsupported_reason
+from cuda_graphs import Problem, RecordedStep, Settings, make_recordable, unsupported_reason
 from optimizers import make_optimizer
 from utils import SettingsError
 
@@ -34,13 +34,6 @@ def test_what_cannot_be_recorded_says_what_to_change():
     assert "NVIDIA GPU" in unsupported_reason(CPU)
     assert "--precision bf16" in unsupported_reason(GPU, "fp16")
     assert unsupported_reason(GPU, "bf16") is unsupported_reason(GPU, "fp32") is None
-
-
-@pytest.mark.parametrize("words", ["", "4,2", "2,2", "0,1", "a"])
-def test_wrong_rows(words):
-    with pytest.raises(SettingsError, match="--rows"):
-        read_rows(words)
-    assert read_rows("2,4") == [2, 4]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

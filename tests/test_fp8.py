@@ -14,6 +14,7 @@ import fp8_benchmark
 import llm_fit
 import llm_train
 import precision
+from checkpointing import MATMUL_OPERATORS
 from precision import (
     FP8_RECIPES,
     autocast,
@@ -147,6 +148,23 @@ def test_gradients_are_rounded_to_8_bits(recipe):
     error = ((gradients(model, "fp8") - exact).norm() / exact.norm()).item()
     half_error = ((half - exact).norm() / exact.norm()).item()
     assert 2 * half_error < error < 0.1  # it does round, and by a few per cent only
+
+
+@pytest.mark.parametrize("method", ["block", "every_k", "selective", "selective_matmul"])
+def test_checkpointing_changes_nothing(method):
+    found = []
+    for chosen in ("none", method):
+        torch.manual_seed(0)
+        options = {"embedding_dim": 64, "num_heads": 4, "context_length": 32, "vocab_size": 48}
+        model = TransformerLM(model_config("llama-tiny", gradient_checkpointing=chosen, **options))
+        convert_to_fp8(model, "rowwise", emulated=True, skip=skip_head)
+        found.append(gradients(model, "fp8"))
+    assert torch.equal(*found)
+
+
+def test_selective_matmul_keeps_fp8_products_too():
+    """In compiled code they are this operator, which PyTorch must have under that name."""
+    assert "aten._scaled_mm.default" in MATMUL_OPERATORS and str(torch.ops.aten._scaled_mm.default) in MATMUL_OPERATORS
 
 
 def losses(recipe: str | None, seed: int, steps: int = 60) -> list[float]:
@@ -348,10 +366,10 @@ def test_flops_of_a_block(size, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--widths=100"], "--widths 100 must be multiples of 16"),
-        (["--tokens=a"], "--tokens a must be multiples of 16"),
-        (["--questions=speed"], "--questions speed must be some of products, layers, blocks"),
-        (["--recipes="], "--recipes  must be some of"),
+        (["--widths=100"], "--widths 100 must be rising numbers, multiples of 16"),
+        (["--tokens=a"], "--tokens a must be rising numbers, multiples of 16"),
+        (["--questions=speed"], "--questions speed must be different ones of products, layers, blocks"),
+        (["--recipes="], "--recipes  must be different ones of"),
         (["--repeats=0"], "--repeats must be at least 1, not 0"),
         (["--block_tokens=1000"], "--block_tokens 1000 must be a multiple of 4096"),
     ],

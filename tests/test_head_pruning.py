@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import head_pruning
-from attention import eager_attention
+from attention_kernels import eager_attention
 from head_pruning import (
     AttentionBlock,
     attention_layers,
@@ -379,8 +379,8 @@ def test_main_measures_masked_and_cut_heads(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--widths", "24"], "--widths 24 must be multiples of 2 x head_dim = 16"),
-        (["--widths", "a"], "must be multiples"),
+        (["--widths", "24"], "--widths 24 must be rising numbers, multiples of 16"),
+        (["--widths", "a"], "must be rising numbers, multiples of 16"),
         (["--num_heads", "1"], "--num_heads must be at least 2"),
         (["--rounds", "0"], "--rounds must be at least 1"),
     ],

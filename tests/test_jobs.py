@@ -389,3 +389,17 @@ def test_dockerfile():
     assert "uv.lock" not in text
     assert re.search(r"^ARG GIT_COMMIT=\nENV GIT_COMMIT=\$\{GIT_COMMIT\}$", text, re.MULTILINE)
     assert 'os.environ.get("GIT_COMMIT")' in (ROOT / "run_folder.py").read_text()
+
+
+def test_the_three_jobs_differ_in_the_technique_alone():
+    """Their variables stand at the top of each, where a user edits them; so they must not drift apart."""
+    variables, techniques = set(), set()
+    for name, path in SCRIPTS.items():
+        text = path.read_text()
+        variables.add(
+            text[text.index("# The cluster.") : text.rindex("\n\n# ", 0, text.index("\nTECHNIQUE="))].replace(
+                name, "JOB"
+            )
+        )
+        techniques.add(text[text.index("\nTECHNIQUE=") : text.index("\n\nhere=")])
+    assert len(variables) == 1 and "ACCOUNT=" in next(iter(variables)) and len(techniques) == 3

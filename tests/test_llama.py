@@ -199,7 +199,7 @@ def test_fewer_heads_of_keys_are_repeated_ones(backend, device):
 
 @pytest.mark.gpu
 def test_fp32_on_a_gpu_keeps_a_fused_kernel():
-    from attention import observe_kernel
+    from attention_kernels import observe_kernel
 
     q = torch.randn(1, 256, 8, 64, device="cuda")
     k = v = torch.randn(1, 256, 2, 64, device="cuda")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import short_attention
-from attention import attention, observe_kernel, packed_attention
+from attention import attention, packed_attention
+from attention_kernels import observe_kernel
 from attention_support import FULL, choose_backend, sequences_refusal, unsupported_reason
 from short_attention import shape_refusal
 from utils import SettingsError
@@ -21,7 +22,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 INTERPRETED = """
 import torch, short_attention
-from attention import attention, eager_attention, observe_kernel, packed_attention
+from attention import attention, packed_attention
+from attention_kernels import eager_attention, observe_kernel
 
 def inside(function, name):  # what the function found around it; the interpreter looks among the module's names only
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents

@@ -84,9 +84,11 @@ def test_table():
         "step_ms": 10.0,
         "matmul_tflop": 2.0,
         "matmul_floor_ms": 4.0,
+        "matmul_dtype": "bfloat16",
     }
     table = profile_table(result)
-    assert "15.0 %" in table and "2.00 TFLOP at 500 TFLOP/s: 4.00 ms" in table
+    assert "15.0 %" in table
+    assert "products alone in bfloat16, 2.00 TFLOP at 500 TFLOP/s: 4.00 ms" in table
 
 
 def test_main_without_a_gpu(monkeypatch):

@@ -271,3 +271,16 @@ def test_mfu():
 )
 def test_percentile(values, percent, expected):
     assert percentile(values, percent) == (None if expected is None else pytest.approx(expected))
+
+
+def test_lists_of_names_and_of_rising_numbers():
+    assert utils.read_names("kinds", "b, a", ("a", "b")) == ["b", "a"]
+    for text in ("", "c", "a,a", ","):
+        with pytest.raises(utils.SettingsError, match=f"--kinds {text} must be different ones of a, b"):
+            utils.read_names("kinds", text, ("a", "b"))
+    assert utils.read_rising("sizes", "16,48", multiple=16, most=48) == [16, 48]
+    for text in ("", "x", "8,8", "16,8", "0,8", "-8", "8,24", "12"):
+        with pytest.raises(
+            utils.SettingsError, match=f"--sizes {text} must be rising numbers up to 16, multiples of 8"
+        ):
+            utils.read_rising("sizes", text, most=16, multiple=8)
