@@ -16,6 +16,7 @@ from typing import Any
 
 from report_comparison import COMPARISON_TABLES, markdown, read_json, shown
 from report_fp8 import FP8_TABLES
+from report_parallel import PARALLEL_TABLES
 from report_patchtst import PATCHTST_TABLES
 from report_vit import VIT_TABLES
 from run_folder import write_atomically
@@ -256,6 +257,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **PATCHTST_TABLES,
     **VIT_TABLES,
     **FP8_TABLES,
+    **PARALLEL_TABLES,
 }
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -569,14 +569,24 @@ def test_the_floors_list_every_script():
 
 def test_what_the_readme_says_about_fp8():
     results = {
-        path.parent.name: json.loads(path.read_text())["results"] for path in ROOT.glob("outputs/fp8/llama*/run.json")
+        path.parent.name: json.loads(path.read_text()).get("results")
+        for path in ROOT.glob("outputs/fp8/llama*/run.json")
     }
     narrow, wide = (results[f"{name}-bf16-seed-0"] for name in ("llama-1b", "llama-1b-wide"))
     assert f"{100 * narrow['mfu']:.1f} % (`llama-1b`) and {100 * wide['mfu']:.1f} % (`llama-1b-wide`)" in README
     assert min(narrow["mfu"], wide["mfu"]) >= 0.5
     steps = [json.loads(line)["loss"] for line in (ROOT / "outputs/fp8/llama-1b-wide-bf16-seed-0/steps.jsonl").open()]
     assert f"rose to {max(steps):.0f}" in README
-    rates = {name: own["tokens_per_s"] for name, own in results.items()}
+    folder = ROOT / "outputs/fp8/llama-1b-fp8-tensorwise-head-seed-0"
+    median = statistics.median(
+        json.loads(line)["step_ms"] for line in (folder / "steps.jsonl").read_text().splitlines()[20:]
+    )
+    cut_off = [results[f"llama-1b-bf16-seed-{seed}"]["step_ms_median"] / median for seed in (1, 0)]
+    fp8 = json.loads((folder / "run.json").read_text())["fp8"]["converted"]
+    share = 6 * sum(row["inputs"] * row["outputs"] * row["count"] for row in fp8) / narrow["flops_per_token"]
+    words = "median step of {:.1f} ms it is {:.2f} to {:.2f} times as fast as bf16, where {:.2f} would be the most"
+    assert words.format(median, *cut_off, 1 / (1 - share / 2)) in README
+    rates = {name: own["tokens_per_s"] for name, own in results.items() if own}
     gains = [rates["llama-1b-fp8-tensorwise-seed-0"] / rates[f"llama-1b-bf16-seed-{seed}"] for seed in (1, 0)]
     gains.append(rates["llama-1b-wide-fp8-tensorwise-seed-0"] / rates["llama-1b-wide-bf16-seed-0"])
     assert "they are {:.2f} to {:.2f} (".format(*gains[:2]) in README and f"and {gains[2]:.2f} times." in README

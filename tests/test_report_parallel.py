@@ -1,0 +1,47 @@
+"""The table of runs in several processes: against one process with the same work a GPU, memory beside the formula."""
+
+import json
+from pathlib import Path
+
+import report_parallel
+from utils import GIB
+
+RESULTS = {"step_ms_median": 10.0, "step_ms_p20": 9.0, "step_ms_p80": 11.0, "timed_steps": 5, "mfu": 0.5}
+STATE = {"optimizer": "adamw", "parameters": "fp32"}
+
+
+def make_run(outputs: Path, name: str, rate: float, *, batch: int, status: str = "ok", device: str = "card", **more):
+    folder = outputs / "parallel" / name
+    folder.mkdir(parents=True)
+    settings = STATE | {"batch_size": batch, "run_name": name, "parallel": more.get("parallel"), "seed": 0}
+    info = {
+        "status": status, "device_name": device, "model_size": "tiny", "batch_size": batch, "parameters": GIB,
+        "settings": settings, "results": RESULTS | {"tokens_per_s": rate, "peak_allocated_gib": 20.0}, **more,
+    }  # fmt: skip
+    info["results"] |= {"peak_allocated_gib_by_rank": [20.0, 21.0]} if "parallel" in more else {}
+    (folder / "run.json").write_text(json.dumps(info))
+    (folder / "memory.csv").write_text("step,phase,start_allocated_gib\n2,forward_pass,8.5\n2,loss,9.0\n")
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_rows(tmp_path):
+    make_run(tmp_path, "a", 1000.0, batch=4)
+    make_run(tmp_path, "b", 1900.0, batch=8, parallel="ddp", world_size=2)
+    make_run(tmp_path, "c", 1880.0, batch=8, parallel="fsdp", world_size=2)
+    make_run(tmp_path, "d", 1700.0, batch=4, parallel="ddp", world_size=2)  # half the work a GPU: no comparison
+    make_run(tmp_path, "e", 1950.0, batch=8, parallel="ddp", world_size=2, device="other card")
+    make_run(tmp_path, "f", 0.0, batch=8, parallel="fsdp", world_size=2, status="oom")
+    rows = cells(report_parallel.parallel_table(tmp_path))
+    assert [row[7] for row in rows] == ["-", "1.900", "1.880", "-", "-", "-"]
+    assert rows[1][:5] == ["2 x card", "ddp", "`tiny`", "8", "1,900"] and rows[5][4] == "oom"
+    # fp32 with AdamW and 2^30 parameters: 12 GiB without gradients, 16 with DDP's buckets, half of 12 a shard.
+    assert [row[10] for row in rows[:3]] == ["12.0", "16.0", "6.00"]
+    assert rows[2][8:] == ["50.0 %", "8.50", "6.00", "20.0, 21.0"] and rows[0][11] == "20.0"
+    assert len({len(row) for row in rows}) == 1
+
+
+def test_nothing_run(tmp_path):
+    assert report_parallel.parallel_table(tmp_path).startswith("Not run yet: a training in several processes")
