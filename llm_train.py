@@ -328,16 +328,13 @@ def run_training(
         plot.plot_run(run.path)
 
     training.report(results)
-    generated = " on generated text" if data.description["generated"] else ""
-    if metrics is None:
-        print(f"no split was evaluated; results in {run.path}")
-        print(json.dumps({"run": str(run.path), "status": "ok", **results}))
-        return 0
-    print(
-        f"{settings.evaluate_on} loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f} per token "
-        f"(without context: {metrics['unigram_perplexity']:.2f}), {metrics['bits_per_byte']:.4f} bits per byte"
-        f"{generated}; results in {run.path}"
-    )
+    words = "no split was evaluated"
+    if metrics is not None:
+        words = (
+            f"{settings.evaluate_on} loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f} per token "
+            f"(without context: {metrics['unigram_perplexity']:.2f}), {metrics['bits_per_byte']:.4f} bits per byte"
+        ) + (" on generated text" if data.description["generated"] else "")
+    print(f"{words}; results in {run.path}")
     print(json.dumps({"run": str(run.path), "status": "ok", **results}))
     return 0
 
@@ -372,11 +369,8 @@ def run_once(ranks: Ranks) -> int:
     set_memory_budget(plan.device, settings.memory_budget_gib)
     name = settings.run_name or default_run_name(settings, plan)
 
-    begun = (
-        (settings.auto_resume or is_restart())
-        and (folder / name).is_dir()
-        and not (folder / name / "run.json").exists()
-    )
+    goes_on = settings.auto_resume or is_restart()
+    begun = goes_on and (folder / name).is_dir() and not (folder / name / "run.json").exists()
 
     def check_name() -> None:
         if run is None and settings.run_name and (folder / name).exists() and not begun:
