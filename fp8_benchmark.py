@@ -198,7 +198,7 @@ class Benchmark:
 
     def add(self, cost: Cost, *, flop: float, variant: str, **facts: Any) -> None:
         """One row; `speedup` is against the bf16 row of the same facts."""
-        same = {key: facts[key] for key in ("question", "name", "tokens")}
+        same = {key: facts[key] for key in ("question", "name", "width", "tokens")}
         base = next((r for r in self.rows if r["variant"] == "bf16" and same.items() <= r.items()), None)
         ok = cost.status == "ok"
         row: dict[str, Any] = dict.fromkeys(COLUMNS) | facts

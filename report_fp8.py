@@ -14,16 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fp8_benchmark import QUESTIONS, SHAPES, break_even
+from precision import FP8_RECIPES
 from report_text import ROOT, markdown, not_run, percent, plain, read_json, read_table, shown
 from run_results import Run, read_run
 from utils import SettingsError, parse_settings, run_script, setting
 
 ORDER = ("fp32", "bf16", "fp8")
 SHAPE_COLUMNS = ("name", "tokens", "inputs", "outputs", "width")
+FACTS = ("question", "name", "width", "tokens", "variant")  # of a row of the benchmark
+SAME_MACHINE = ("device_name", "torch_version")
 SHAPE_WORDS = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d"}
 MAY_DIFFER = {  # between a run in FP8 and its baseline
     "precision", "fp8_recipe", "fp8_layers", "fp8_head", "fp8_emulation", "use_fp16", "run_name", "figures",
     "log_every", "tensorboard", "output_folder", "cache_folder", "dataset_path", "resume", "config",
+    "max_steps", "measured_steps", "evaluate_on",  # the learning rate does not depend on the last step
 }  # fmt: skip
 BLOCK_STEPS = 25  # steps whose mean loss is compared
 TRAINING = (
@@ -69,13 +74,18 @@ def fp8_share(run: Run) -> float | None:
 
 
 def baseline_of(run: Run, runs: list[Run]) -> Run | None:
-    """The bf16 run that differs in nothing but the precision: the same device, model, seed and all other settings."""
+    """The bf16 run that differs in nothing but the precision: the same device, model, seed and all other settings.
+
+    It may have more or fewer steps, if there is none that has as many.
+    """
 
     def facts(other: Run) -> tuple:
         settings = {name: value for name, value in other.info["settings"].items() if name not in MAY_DIFFER}
         return other.info["model_size"], other.info["device_name"], sorted(settings.items(), key=lambda item: item[0])
 
-    return next((other for other in runs if other.info["precision"] == "bf16" and facts(other) == facts(run)), None)
+    found = [other for other in runs if other.info["precision"] == "bf16" and facts(other) == facts(run)]
+    steps = run.info["settings"].get("max_steps")
+    return min(found, key=lambda other: other.info["settings"].get("max_steps") != steps, default=None)
 
 
 def training_table(outputs: Path) -> str:
@@ -169,12 +179,31 @@ def parity_table(outputs: Path) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def benchmark(outputs: Path) -> tuple[list[dict[str, str]], dict[str, Any]] | None:
-    """Rows of results.csv and run.json; None if it has not been run."""
-    folder = outputs / "fp8" / "benchmark"
-    if not (folder / "run.json").is_file():
-        return None
-    return read_table(folder / "results.csv"), read_json(folder / "run.json")
+def benchmark(outputs: Path, question: str | None = None) -> list[dict[str, str]]:
+    """Rows of the benchmark, of one question or of all: those of all runs, finished or not, the newest of each.
+
+    Runs on another device or with another PyTorch than the newest one's are left out.
+    """
+    runs = [read_json(path) | {"folder": path.parent} for path in (outputs / "fp8").glob("*/run.json")]
+    runs = [run for run in runs if (run["folder"] / "results.csv").is_file()]
+    runs.sort(key=lambda run: run["started_at"], reverse=True)
+    rows: dict[tuple, dict[str, str]] = {}
+    for run in runs:
+        if all(run[key] == runs[0][key] for key in SAME_MACHINE):
+            for row in read_table(run["folder"] / "results.csv"):
+                rows.setdefault(tuple(row[key] for key in FACTS), row)
+    found = [row for row in rows.values() if question in (None, row["question"])]
+    orders = (QUESTIONS, [name for name, *_ in SHAPES], ("bf16", *FP8_RECIPES))
+
+    def place(row: dict[str, str]) -> tuple:
+        numbers = [float(row["tokens"]), float(row["width"])]
+        words = [
+            order.index(word) if word in order else -1
+            for order, word in zip(orders, (row["question"], row["name"], row["variant"]), strict=True)
+        ]
+        return words[0], words[1], *numbers, row["name"], words[2]
+
+    return sorted(found, key=place)
 
 
 def cell(row: dict[str, str] | None, *keys: str) -> str:
@@ -188,10 +217,9 @@ def cell(row: dict[str, str] | None, *keys: str) -> str:
 
 def widths_table(outputs: Path, question: str, keys: tuple[str, ...]) -> str:
     """One row for each shape and number of tokens, a column for bf16 (the first key) and each recipe (all keys)."""
-    found = benchmark(outputs)
-    if found is None or not any(row["question"] == question for row in found[0]):
+    rows = benchmark(outputs, question)
+    if not rows:
         return not_run(f"the benchmark's {question}", f"python fp8_benchmark.py --questions {question}")
-    rows = [row for row in found[0] if row["question"] == question]
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     lines = []
     for facts, group in itertools.groupby(rows, key=lambda r: [r[key] for key in SHAPE_COLUMNS]):
@@ -207,20 +235,21 @@ def widths_table(outputs: Path, question: str, keys: tuple[str, ...]) -> str:
 
 def break_even_table(outputs: Path) -> str:
     """From which width on FP8 was faster at every width measured."""
-    found = benchmark(outputs)
-    if found is None:
-        return not_run("the break-even widths", "python fp8_benchmark.py")
+    rows: list[dict[str, Any]] = [
+        row | {"width": int(row["width"]), "tokens": int(row["tokens"]), "speedup": float(row["speedup"] or 0)}
+        for row in benchmark(outputs)
+    ]
     lines = []
-    for answer in found[1]["results"]["break_even"]:
+    for answer in (answer for question in QUESTIONS for answer in break_even(rows, question)):
         lost, won = answer["slower_at"], answer["faster_from"]
-        words = (
-            f"not up to {lost:,}"
-            if won is None
-            else f"{won:,}" + (f" (not yet at {lost:,})" if lost else ", the smallest")
-        )
-        shape = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d"}.get(answer["name"], answer["name"])
+        words = f"not up to {lost:,}" if won is None else f"{won:,}"
+        if won is not None:
+            words += f" (not yet at {lost:,})" if lost else ", the smallest"
+        shape = SHAPE_WORDS.get(answer["name"], answer["name"])
         what = [answer["question"], shape, f"{answer['tokens']:,}", plain(answer["recipe"])]
         lines.append([*what, words])
+    if not lines:
+        return not_run("the break-even widths", "python fp8_benchmark.py")
     return markdown(["what", "shape", "tokens", "recipe", "faster from a width d of"], lines)
 
 

@@ -628,12 +628,16 @@ def test_gpu_offload_keeps_no_block_input_but_the_last_on_the_device():
     blocks = make_blocks(6, 512, 8, 0.0, FLASH, "cuda")
     inputs = torch.randn(16, 256, 512, device="cuda")
     kept = {}
+
+    def requested() -> int:  # a block that the allocator had left from elsewhere can be up to 1 MiB larger than asked
+        return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
     for method in ("block", "block", "offload"):  # the first makes the workspaces of the libraries
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        before = requested()
         with autocast("bf16", inputs.device):
             hidden_states = run_blocks(blocks, inputs, method)
-        kept[method] = torch.cuda.memory_allocated() - before
+        kept[method] = requested() - before
         del hidden_states
     # Inputs of blocks 1 to 4: block 0's is the caller's, block 5's stays.
     assert kept["block"] - kept["offload"] == pytest.approx(4 * inputs.nbytes, rel=0.02)

@@ -1,5 +1,6 @@
 """FP8: which layers are converted, emulated parity with bf16, MFU against both peaks, the benchmark's arithmetic."""
 
+import csv
 import json
 import sys
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ from precision import (
     fp8_skip_reason,
     fp8_unsupported_reason,
 )
+from run_folder import RunFolder
+from technique_bench import Cost
 from transformer_based_llm import TransformerLM, model_config
 from utils import SettingsError, model_flops_utilisation, peak_tflops, run_script
 
@@ -333,6 +336,30 @@ def test_a_width_that_failed_is_not_faster():
     rows = [row(512, 1.2), row(1024, 1.3), row(2048, 1.4) | {"speedup": None}]
     (answer,) = fp8_benchmark.break_even(rows, "layers")
     assert (answer["slower_at"], answer["faster_from"]) == (2048, None)
+
+
+def test_a_row_stands_against_bf16_of_its_own_width(tmp_path):
+    settings = fp8_benchmark.Settings(output_folder=str(tmp_path))
+    run = RunFolder.create(settings.output_folder, "fp8", "x", unique=True)
+    bench = fp8_benchmark.Benchmark(settings, run, torch.device("cpu"), [])
+    for width, variant, ms in [
+        (512, "bf16", 1.0),
+        (512, "tensorwise", 2.0),
+        (1024, "bf16", 4.0),
+        (1024, "rowwise", 2.0),
+    ]:
+        facts = {
+            "question": "layers",
+            "name": "square",
+            "width": width,
+            "tokens": 64,
+            "inputs": width,
+            "outputs": width,
+        }
+        bench.add(Cost("ok", 0.0, 0.1, ms, ms, ms, 1), flop=1e9, variant=variant, **facts)
+    assert [row["speedup"] for row in bench.rows] == [None, 0.5, None, 2.0]
+    with (run.path / "results.csv").open() as file:
+        assert [row["speedup"] for row in csv.DictReader(file)] == ["", "0.5", "", "2.0"]
 
 
 @pytest.mark.parametrize("rowwise", [False, True])

@@ -86,25 +86,63 @@ def test_another_batch_or_card_is_no_baseline(outputs):
         path.write_text(before)
 
 
+def test_a_shorter_run_stands_against_a_longer_one_if_none_is_as_short(tmp_path):
+    make_run(tmp_path, "fp8", fp8=FP8)
+    make_run(tmp_path, "long")
+    for name, steps in (("fp8", 60), ("long", 300)):
+        rewrite(tmp_path, name, steps)
+    runs = report_fp8.runs_of(tmp_path)
+    assert report_fp8.baseline_of(runs[1], runs).name == "long"
+    make_run(tmp_path, "short")
+    rewrite(tmp_path, "short", 60)
+    runs = report_fp8.runs_of(tmp_path)
+    assert report_fp8.baseline_of(runs[2], runs).name == "short"
+
+
+def rewrite(outputs: Path, name: str, max_steps: int) -> None:
+    path = outputs / "fp8" / name / "run.json"
+    info = json.loads(path.read_text())
+    info["settings"]["max_steps"] = max_steps
+    path.write_text(json.dumps(info))
+
+
+def make_benchmark(outputs: Path, name: str, lines: list[str], started: str, **more) -> None:
+    folder = outputs / "fp8" / name
+    folder.mkdir()
+    (folder / "results.csv").write_text("\n".join([",".join(fp8_benchmark.COLUMNS), *lines]) + "\n")
+    info = {"status": "ok", "started_at": started, "device_name": "card", "torch_version": "2"} | more
+    (folder / "run.json").write_text(json.dumps(info))
+
+
 def test_the_benchmarks_tables(outputs):
     assert report_fp8.break_even_table(outputs).startswith("Not run yet: the break-even widths")
-    folder = outputs / "fp8" / "benchmark"
-    folder.mkdir()
-    header = ",".join(fp8_benchmark.COLUMNS)
     lines = [
-        "layers,square,512,64,512,512,bf16,ok,0.5,0.5,0.5,5,10,1.0,0.1,1,0.002",
-        "layers,square,512,64,512,512,tensorwise,ok,0.8,0.8,0.8,5,10,0.625,0.2,1,0.03",
-        "layers,square,1024,64,1024,1024,bf16,ok,1.5,0.5,0.5,5,10,1.0,0.1,1,0.002",
+        "layers,square,1024,64,1024,1024,bf16,ok,1.5,0.5,0.5,5,10,,0.1,1,0.002",
         "layers,square,1024,64,1024,1024,tensorwise,oom,,,,0,,,,,0.03",
+        "layers,square,2048,64,2048,2048,bf16,ok,1.5,0.5,0.5,5,10,,0.1,1,0.002",
+        "layers,square,2048,64,2048,2048,tensorwise,ok,1,0.5,0.5,5,10,1.5,0.1,1,0.002",
+        "layers,square,512,64,512,512,bf16,ok,9,0.5,0.5,5,10,,0.1,1,0.002",
     ]
-    (folder / "results.csv").write_text("\n".join([header, *lines]) + "\n")
-    answer = {"question": "layers", "name": "square", "tokens": 64, "recipe": "tensorwise"}
-    answers = [answer | {"slower_at": 512, "faster_from": 1024}, answer | {"slower_at": 9, "faster_from": None}]
-    (folder / "run.json").write_text(json.dumps({"results": {"break_even": answers}}))
+    make_benchmark(outputs, "benchmark", lines, "2026-01-01")
+    lines = [
+        "layers,square,512,64,512,512,bf16,ok,0.5,0.5,0.5,5,10,,0.1,1,0.002",
+        "layers,square,512,64,512,512,tensorwise,ok,0.8,0.8,0.8,5,10,0.625,0.2,1,0.03",
+    ]
+    make_benchmark(outputs, "mine", lines, "2026-01-02")
+    cut = ["layers,square,2048,64,2048,2048,rowwise,ok,2,0.5,0.5,5,10,0.75,0.1,1,0.002"]
+    make_benchmark(outputs, "cut", cut, "2026-01-03", status="interrupted")
+    make_benchmark(outputs, "old", [lines[0].replace("512", "256")], "2025-01-01", device_name="other card")
     rows = cells(report_fp8.widths_table(outputs, "layers", ("ms", "speedup")))
-    assert rows == [["64", "512 to 512", "0.500", "0.800 / 0.625"], ["64", "1,024 to 1,024", "1.50", "oom"]]
-    assert [row[-1] for row in cells(report_fp8.break_even_table(outputs))] == ["1,024 (not yet at 512)", "not up to 9"]
+    assert rows == [
+        ["64", "512 to 512", "0.500", "0.800 / 0.625", "-"],
+        ["64", "1,024 to 1,024", "1.50", "oom", "-"],
+        ["64", "2,048 to 2,048", "1.50", "1.00 / 1.50", "2.00 / 0.750"],
+    ]
+    found = [row[-2:] for row in cells(report_fp8.break_even_table(outputs))]
+    assert found == [["tensorwise", "2,048 (not yet at 1,024)"], ["rowwise", "not up to 2,048"]]
     assert report_fp8.widths_table(outputs, "blocks", ("ms",)).startswith("Not run yet: the benchmark's blocks")
+    (outputs / "fp8" / "benchmark" / "run.json").unlink()
+    assert [row[-1] for row in cells(report_fp8.break_even_table(outputs))] == ["not up to 512", "not up to 2,048"]
 
 
 def test_nothing_run(tmp_path):
