@@ -26,6 +26,7 @@ import gc
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from cuda_graphs import RecordedStep
 from precision import FP8_MULTIPLE, FP8_RECIPES, autocast, convert_to_fp8, fp8_unsupported_reason, set_precision
 from run_folder import RunFolder, describe_environment, now
+from run_results import read_object
 from technique_bench import Cost, measure, relative_error
 from transformer_based_llm import MODEL_SIZES, TransformerLM, model_config
 from utils import (
@@ -52,6 +54,7 @@ from utils import (
 QUESTIONS = ("products", "layers", "blocks")
 SHAPES = (("square", 1, 1), ("expand", 1, 4), ("contract", 4, 1))  # name, inputs and outputs in widths
 LARGEST_ERROR = 0.25  # of output and gradients against fp32; 4 bits of mantissa round by some per cent
+FACTS = ("device_name", "question", "name", "width", "tokens", "variant")  # that tell rows of all runs apart
 COLUMNS = (
     "question", "name", "width", "tokens", "inputs", "outputs", "variant", "status", "ms", "ms_p20", "ms_p80", "n",
     "tflops", "speedup", "kept_gib", "peak_gib", "error",
@@ -150,13 +153,14 @@ class Step:
             holder = nn.ModuleList([module])  # torchao swaps layers inside a module
             convert_to_fp8(holder, variant)
             self.module = holder[0]
+        with torch.no_grad():  # not compiled: without gradients it would be another graph
+            output = self.forward(self.module)
+        self.gradient = torch.randn(output.shape, device="cuda", generator=generator) / shape[-1] ** 0.5
         self.run = torch.compile(self.module, fullgraph=True) if variant != "fp32" else self.module
-        with torch.no_grad():
-            self.gradient = torch.randn(self.forward().shape, device="cuda", generator=generator) / shape[-1] ** 0.5
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, function: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         with autocast("fp32" if self.variant == "fp32" else "bf16", self.inputs.device):
-            return self.run(self.inputs)
+            return (function or self.run)(self.inputs)
 
     def __call__(self) -> torch.Tensor:
         output = self.forward()
@@ -320,6 +324,32 @@ def break_even(rows: Iterable[dict[str, Any]], question: str) -> list[dict[str, 
             }
         )
     return answers
+
+
+def read_rows(outputs: Path, question: str | None = None) -> list[dict[str, str]]:
+    """Rows of the benchmark, of one question or of all, by GPU (`device_name`).
+
+    All runs count, finished or not; of rows measured more than once the newest stands.
+    """
+    runs = [read_object(path) | {"folder": path.parent} for path in (outputs / "fp8").glob("*/run.json")]
+    runs = [run for run in runs if (run["folder"] / "results.csv").is_file()]
+    rows: dict[tuple, dict[str, str]] = {}
+    for run in sorted(runs, key=lambda run: run["started_at"]):
+        with (run["folder"] / "results.csv").open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                row["device_name"] = run["device_name"]
+                rows[tuple(row[key] for key in FACTS)] = row
+    found = [row for row in rows.values() if question in (None, row["question"])]
+    orders = (QUESTIONS, [name for name, *_ in SHAPES], ("bf16", *FP8_RECIPES))
+
+    def place(row: dict[str, str]) -> tuple:
+        words = [
+            order.index(word) if word in order else -1
+            for order, word in zip(orders, (row["question"], row["name"], row["variant"]), strict=True)
+        ]
+        return row["device_name"], *words[:2], float(row["tokens"]), float(row["width"]), row["name"], words[2]
+
+    return sorted(found, key=place)
 
 
 def check(settings: Settings, device: torch.device) -> None:

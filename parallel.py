@@ -45,10 +45,10 @@ METHODS = ("ddp", "fsdp")
 
 def check_parallel(settings: Any) -> None:
     """Raise where a setting of llm_train.py cannot be combined with --parallel."""
-    if settings.optimizer_in_backward:
+    if settings.optimizer_in_backward and settings.parallel == "ddp":
         raise SettingsError(
-            "--optimizer_in_backward true updates a parameter before the processes have averaged its gradient, so it "
-            f"excludes --parallel {settings.parallel}; leave one of them out"
+            "--optimizer_in_backward true updates a parameter before DDP has averaged its gradient; leave one of them "
+            "out, or use --parallel fsdp"
         )
     if settings.adjust_batch_size:
         raise SettingsError(

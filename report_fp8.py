@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8_benchmark import QUESTIONS, SHAPES, break_even
-from precision import FP8_RECIPES
-from report_text import ROOT, markdown, not_run, percent, plain, read_json, read_table, shown
+from fp8_benchmark import break_even, read_rows
+from report_text import ROOT, markdown, not_run, percent, plain, shown
 from run_results import Run, read_run
 from utils import SettingsError, parse_settings, run_script, setting
 
 ORDER = ("fp32", "bf16", "fp8")
-SHAPE_COLUMNS = ("name", "tokens", "inputs", "outputs", "width")
-FACTS = ("question", "name", "width", "tokens", "variant")  # of a row of the benchmark
-SAME_MACHINE = ("device_name", "torch_version")
+SHAPE_COLUMNS = ("device_name", "name", "tokens", "inputs", "outputs", "width")
 SHAPE_WORDS = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d"}
 MAY_DIFFER = {  # between a run in FP8 and its baseline
     "precision", "fp8_recipe", "fp8_layers", "fp8_head", "fp8_emulation", "use_fp16", "run_name", "figures",
@@ -179,33 +176,6 @@ def parity_table(outputs: Path) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def benchmark(outputs: Path, question: str | None = None) -> list[dict[str, str]]:
-    """Rows of the benchmark, of one question or of all: those of all runs, finished or not, the newest of each.
-
-    Runs on another device or with another PyTorch than the newest one's are left out.
-    """
-    runs = [read_json(path) | {"folder": path.parent} for path in (outputs / "fp8").glob("*/run.json")]
-    runs = [run for run in runs if (run["folder"] / "results.csv").is_file()]
-    runs.sort(key=lambda run: run["started_at"], reverse=True)
-    rows: dict[tuple, dict[str, str]] = {}
-    for run in runs:
-        if all(run[key] == runs[0][key] for key in SAME_MACHINE):
-            for row in read_table(run["folder"] / "results.csv"):
-                rows.setdefault(tuple(row[key] for key in FACTS), row)
-    found = [row for row in rows.values() if question in (None, row["question"])]
-    orders = (QUESTIONS, [name for name, *_ in SHAPES], ("bf16", *FP8_RECIPES))
-
-    def place(row: dict[str, str]) -> tuple:
-        numbers = [float(row["tokens"]), float(row["width"])]
-        words = [
-            order.index(word) if word in order else -1
-            for order, word in zip(orders, (row["question"], row["name"], row["variant"]), strict=True)
-        ]
-        return words[0], words[1], *numbers, row["name"], words[2]
-
-    return sorted(found, key=place)
-
-
 def cell(row: dict[str, str] | None, *keys: str) -> str:
     """Numbers of a row, or its status."""
     if row is None:
@@ -216,46 +186,51 @@ def cell(row: dict[str, str] | None, *keys: str) -> str:
 
 
 def widths_table(outputs: Path, question: str, keys: tuple[str, ...]) -> str:
-    """One row for each shape and number of tokens, a column for bf16 (the first key) and each recipe (all keys)."""
-    rows = benchmark(outputs, question)
+    """One row for each shape and number of tokens, a column for bf16 (all keys but speedup) and each recipe."""
+
+    def keys_of(variant: str) -> list[str]:
+        return [key for key in keys if variant != "bf16" or key != "speedup"]
+
+    rows = read_rows(outputs, question)
     if not rows:
         return not_run(f"the benchmark's {question}", f"python fp8_benchmark.py --questions {question}")
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     lines = []
     for facts, group in itertools.groupby(rows, key=lambda r: [r[key] for key in SHAPE_COLUMNS]):
         own = {row["variant"]: row for row in group}
-        name, tokens, inputs, made, width = facts
+        device, name, tokens, inputs, made, width = facts
         shape = f"{int(inputs):,} to {int(made):,}" if inputs else f"`{name}`, width {int(width):,}"
-        cells = [cell(own.get(variant), *(keys[:1] if variant == "bf16" else keys)) for variant in variants]
-        lines.append([f"{int(tokens):,}", shape, *cells])
+        cells = [cell(own.get(variant), *keys_of(variant)) for variant in variants]
+        lines.append([device, f"{int(tokens):,}", shape, *cells])
     names = {"ms": "ms", "speedup": "times bf16", "kept_gib": "GiB kept", "peak_gib": "peak GiB"}
-    heads = [f"{v}: {' / '.join(names[k] for k in (keys[:1] if v == 'bf16' else keys))}" for v in variants]
-    return markdown(["tokens", "layer" if question != "blocks" else "block of", *map(plain, heads)], lines)
+    heads = [f"{variant}: {' / '.join(names[key] for key in keys_of(variant))}" for variant in variants]
+    return markdown(["GPU", "tokens", "layer" if question != "blocks" else "block of", *map(plain, heads)], lines)
 
 
 def break_even_table(outputs: Path) -> str:
     """From which width on FP8 was faster at every width measured."""
     rows: list[dict[str, Any]] = [
         row | {"width": int(row["width"]), "tokens": int(row["tokens"]), "speedup": float(row["speedup"] or 0)}
-        for row in benchmark(outputs)
+        for row in read_rows(outputs)
     ]
     lines = []
-    for answer in (answer for question in QUESTIONS for answer in break_even(rows, question)):
-        lost, won = answer["slower_at"], answer["faster_from"]
-        words = f"not up to {lost:,}" if won is None else f"{won:,}"
-        if won is not None:
-            words += f" (not yet at {lost:,})" if lost else ", the smallest"
-        shape = SHAPE_WORDS.get(answer["name"], answer["name"])
-        what = [answer["question"], shape, f"{answer['tokens']:,}", plain(answer["recipe"])]
-        lines.append([*what, words])
+    for (device, question), own in itertools.groupby(rows, key=lambda row: (row["device_name"], row["question"])):
+        for answer in break_even(own, question):
+            lost, won = answer["slower_at"], answer["faster_from"]
+            words = f"not up to {lost:,}" if won is None else f"{won:,}"
+            if won is not None:
+                words += f" (not yet at {lost:,})" if lost else ", the smallest"
+            shape = SHAPE_WORDS.get(answer["name"], answer["name"])
+            lines.append([device, question, shape, f"{answer['tokens']:,}", plain(answer["recipe"]), words])
     if not lines:
         return not_run("the break-even widths", "python fp8_benchmark.py")
-    return markdown(["what", "shape", "tokens", "recipe", "faster from a width d of"], lines)
+    return markdown(["GPU", "what", "shape", "tokens", "recipe", "faster from a width d of"], lines)
 
 
 FP8_TABLES: dict[str, Callable[[], str]] = {
     "fp8 training": lambda: training_table(ROOT / "outputs"),
     "fp8 parity": lambda: parity_table(ROOT / "outputs"),
+    "fp8 products": lambda: widths_table(ROOT / "outputs", "products", ("ms", "speedup")),
     "fp8 layers": lambda: widths_table(ROOT / "outputs", "layers", ("ms", "speedup")),
     "fp8 blocks": lambda: widths_table(ROOT / "outputs", "blocks", ("ms", "speedup", "kept_gib")),
     "fp8 break-even": lambda: break_even_table(ROOT / "outputs"),

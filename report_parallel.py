@@ -48,9 +48,10 @@ def one_of(run: Run, runs: list[Run]) -> Run | None:
 
 def parallel_table(outputs: Path) -> str:
     """One row a run: speed against one process, MFU, memory of each GPU against the formula."""
-    runs = [read_run(path.parent) for path in sorted((outputs / "parallel").glob("*/run.json"))]
+    runs = [read_run(path.parent) for path in (outputs / "parallel").glob("*/run.json")]
     if not runs:
         return not_run("a training in several processes", COMMAND)
+    runs.sort(key=lambda run: (run.info["device_name"], world_size(run), run.info["batch_size"], run.name))
     lines = []
     for run in runs:
         words = [

@@ -38,6 +38,7 @@ CASES = {
     "scaled": {"precision": "fp16"},
     "compiled": {"use_compile": True, "gradient_checkpointing": "every_k", "num_layers": 3, "max_steps": 10},
 }
+IN_BACKWARD = {"optimizer_in_backward": True}  # FSDP alone can: it calls the hooks when a gradient has been averaged
 ROUNDING = {"master": 1e-3, "stochastic": 1e-3, "scaled": 1e-4}  # 16 bits; otherwise 1e-5
 
 
@@ -48,7 +49,8 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(place) -> dict[str, Run]:
-    return drive(place, {name: case | {"run_name": f"{name}-one"} for name, case in CASES.items()}, processes=1)
+    cases = CASES | {"in-backward": IN_BACKWARD}
+    return drive(place, {name: case | {"run_name": f"{name}-one"} for name, case in cases.items()}, processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,7 @@ def two(place, one) -> dict[str, Run]:  # after `one`, which makes the token fil
         place,
         {
             **cases,
+            "in-backward-fsdp": IN_BACKWARD | {"parallel": "fsdp"},
             "once-ddp": counted | {"parallel": "ddp"},
             "once-fsdp": counted | {"parallel": "fsdp"},
             "often-ddp": counted | {"parallel": "ddp", "tokens_per_update": 1024},
@@ -80,8 +83,9 @@ def two(place, one) -> dict[str, Run]:  # after `one`, which makes the token fil
     )
 
 
-@pytest.mark.parametrize("method", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, method) for name in CASES for method in parallel.METHODS), ("in-backward", "fsdp")]
+)
 def test_the_loss_curve_is_that_of_one_process(one, two, name, method):
     run, alone = two[f"{name}-{method}"], one[name]
     assert [rank["status"] for rank in run.ranks] == [0, 0], run.ranks[0]["stderr"] + run.ranks[1]["stderr"]

@@ -1,12 +1,15 @@
 """The tables of FP8: rows stand against the bf16 run of the same model and seed, and say what has not been run."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 import fp8_benchmark
+import plot_fp8
 import report_fp8
+from utils import run_script
 
 RESULTS = {
     "tokens_per_s": 1000.0, "step_ms_median": 50.0, "step_ms_p20": 49.0, "step_ms_p80": 51.0, "mfu": 0.5,
@@ -131,18 +134,58 @@ def test_the_benchmarks_tables(outputs):
     make_benchmark(outputs, "mine", lines, "2026-01-02")
     cut = ["layers,square,2048,64,2048,2048,rowwise,ok,2,0.5,0.5,5,10,0.75,0.1,1,0.002"]
     make_benchmark(outputs, "cut", cut, "2026-01-03", status="interrupted")
-    make_benchmark(outputs, "old", [lines[0].replace("512", "256")], "2025-01-01", device_name="other card")
+    other = [line.replace("512", "256").replace("0.625", "1.25") for line in lines]
+    make_benchmark(outputs, "old", other, "2025-01-01", device_name="other card")
     rows = cells(report_fp8.widths_table(outputs, "layers", ("ms", "speedup")))
     assert rows == [
-        ["64", "512 to 512", "0.500", "0.800 / 0.625", "-"],
-        ["64", "1,024 to 1,024", "1.50", "oom", "-"],
-        ["64", "2,048 to 2,048", "1.50", "1.00 / 1.50", "2.00 / 0.750"],
+        ["card", "64", "512 to 512", "0.500", "0.800 / 0.625", "-"],
+        ["card", "64", "1,024 to 1,024", "1.50", "oom", "-"],
+        ["card", "64", "2,048 to 2,048", "1.50", "1.00 / 1.50", "2.00 / 0.750"],
+        ["other card", "64", "256 to 256", "0.500", "0.800 / 1.25", "-"],
     ]
     found = [row[-2:] for row in cells(report_fp8.break_even_table(outputs))]
-    assert found == [["tensorwise", "2,048 (not yet at 1,024)"], ["rowwise", "not up to 2,048"]]
+    assert found == [
+        ["tensorwise", "2,048 (not yet at 1,024)"],
+        ["rowwise", "not up to 2,048"],
+        ["tensorwise", "256, the smallest"],
+    ]
     assert report_fp8.widths_table(outputs, "blocks", ("ms",)).startswith("Not run yet: the benchmark's blocks")
     (outputs / "fp8" / "benchmark" / "run.json").unlink()
-    assert [row[-1] for row in cells(report_fp8.break_even_table(outputs))] == ["not up to 512", "not up to 2,048"]
+    assert [row[-1] for row in cells(report_fp8.break_even_table(outputs))] == [
+        "not up to 512", "not up to 2,048", "256, the smallest",
+    ]  # fmt: skip
+
+
+def test_the_figure_has_a_panel_for_each_question_and_gpu(outputs, monkeypatch, capsys):
+    layers = [
+        "layers,{0},{1},64,{1},{1},{2},{3},1,1,1,5,10,{4},0.1,1,0.002".format(*row)
+        for row in [
+            ("square", 512, "bf16", "ok", ""), ("square", 512, "tensorwise", "ok", 0.5),
+            ("square", 1024, "bf16", "ok", ""), ("square", 1024, "tensorwise", "ok", 1.5),
+            ("expand", 512, "tensorwise", "oom", ""),
+        ]
+    ]  # fmt: skip
+    make_benchmark(outputs, "benchmark", layers, "2026-01-01")
+    blocks = ["blocks,gpt2,768,64,,,rowwise,ok,1,1,1,20,10,0.7,0.1,1,0.002"]
+    make_benchmark(outputs, "blocks", blocks, "2026-01-02", device_name="other card")
+    figure = plot_fp8.speedup_figure(outputs)
+    titles = [ax.get_title(loc="left") for ax in figure.axes if ax.axison]
+    assert titles == ["layers, 64 tokens\ncard", "blocks, 64 tokens\nother card"]
+    lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    assert [[512, 0.5], [1024, 1.5]] in lines and [[512, 0.06]] in lines  # the cross of what did not fit
+    assert [text.get_text() for text in figure.axes[0].texts] == ["tensorwise: oom"]
+    assert "n = 5 to 20 replays" in figure.get_suptitle()
+    monkeypatch.setattr(sys, "argv", ["plot_fp8.py", f"--output_folder={outputs}"])
+    assert plot_fp8.main() == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path == outputs / "plots" / "fp8" / "speedup_by_width.png" and path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_figure_of_nothing_is_one_sentence(outputs, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plot_fp8.py", f"--output_folder={outputs}"])
+    with pytest.raises(SystemExit) as end:
+        run_script(plot_fp8.main)
+    assert end.value.code == 2 and "holds no rows of the benchmark" in capsys.readouterr().err
 
 
 def test_nothing_run(tmp_path):

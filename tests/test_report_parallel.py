@@ -28,18 +28,18 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_rows(tmp_path):
-    make_run(tmp_path, "a", 1000.0, batch=4)
+    make_run(tmp_path, "z", 1000.0, batch=4)  # one process comes first
     make_run(tmp_path, "b", 1900.0, batch=8, parallel="ddp", world_size=2)
     make_run(tmp_path, "c", 1880.0, batch=8, parallel="fsdp", world_size=2)
     make_run(tmp_path, "d", 1700.0, batch=4, parallel="ddp", world_size=2)  # half the work a GPU: no comparison
     make_run(tmp_path, "e", 1950.0, batch=8, parallel="ddp", world_size=2, device="other card")
     make_run(tmp_path, "f", 0.0, batch=8, parallel="fsdp", world_size=2, status="oom")
     rows = cells(report_parallel.parallel_table(tmp_path))
-    assert [row[7] for row in rows] == ["-", "1.900", "1.880", "-", "-", "-"]
-    assert rows[1][:5] == ["2 x card", "ddp", "`tiny`", "8", "1,900"] and rows[5][4] == "oom"
+    assert [row[7] for row in rows] == ["-", "-", "1.900", "1.880", "-", "-"]
+    assert rows[2][:5] == ["2 x card", "ddp", "`tiny`", "8", "1,900"] and rows[4][4] == "oom"
     # fp32 with AdamW and 2^30 parameters: 12 GiB without gradients, 16 with DDP's buckets, half of 12 a shard.
-    assert [row[10] for row in rows[:3]] == ["12.0", "16.0", "6.00"]
-    assert rows[2][8:] == ["50.0 %", "8.50", "6.00", "20.0, 21.0"] and rows[0][11] == "20.0"
+    assert [row[10] for row in rows[:4]] == ["12.0", "16.0", "16.0", "6.00"]
+    assert rows[3][8:] == ["50.0 %", "8.50", "6.00", "20.0, 21.0"] and rows[0][11] == "20.0"
     assert len({len(row) for row in rows}) == 1
 
 

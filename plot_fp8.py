@@ -1,0 +1,115 @@
+"""Draw how many times as fast as bf16 FP8 is, by width, from the rows of fp8_benchmark.py in outputs/fp8.
+
+    python plot_fp8.py                              writes outputs/plots/fp8/speedup_by_width.png
+    python plot_fp8.py --output_folder mine         of your own runs
+
+A panel for each question, number of tokens and GPU; a colour is a recipe, a marker a shape. What failed is a red cross.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from figure_parts import BLUE, CROSS, GREEN, GREY, ORANGE, blank_figure, legend_below, save, tidy
+from fp8_benchmark import SHAPES, read_rows
+from precision import FP8_RECIPES
+from utils import SettingsError, parse_settings, run_script, setting
+
+COLUMNS = 3
+COLOURS = dict(zip(FP8_RECIPES, (ORANGE, BLUE, GREEN), strict=True))
+LOOKS = {"square": ("o", "-"), "expand": ("^", "--"), "contract": ("s", ":"), "block": ("D", "-")}  # marker, line
+WORDS = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d", "block": "a whole block"}
+
+
+def panel(ax: Axes, question: str, rows: list[dict[str, str]]) -> None:
+    """The lines of one question, one number of tokens and one GPU."""
+    widths = sorted({int(row["width"]) for row in rows})
+    for (shape, recipe), own in groupby(sorted(rows, key=line_of), key=line_of):
+        points = [(int(row["width"]), float(row["speedup"] or "nan"), row["status"]) for row in own]
+        points.sort()
+        known = [(width, speedup) for width, speedup, _ in points if math.isfinite(speedup)]
+        if known:
+            marker, style = LOOKS[shape]
+            ax.plot(*zip(*known, strict=True), marker=marker, linestyle=style, color=COLOURS[recipe], markersize=5)
+        for width, _, status in (point for point in points if point[2] != "ok"):
+            ax.plot([width], [0.06], transform=ax.get_xaxis_transform(), **CROSS)
+            ax.annotate(f"{recipe}: {status}", (width, 0.06), (0, 9), ax.get_xaxis_transform(),
+                        textcoords="offset points", color=CROSS["color"], ha="center", fontsize=8)  # fmt: skip
+    ax.axhline(1, color=GREY, linewidth=1.2)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(widths, [f"{width:,}" for width in widths], rotation=45, ha="right", fontsize=8.5)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_title(f"{question}, {int(rows[0]['tokens']):,} tokens\n{rows[0]['device_name']}", fontsize=9.5, loc="left")
+    ax.set_xlabel("width d")
+
+
+def line_of(row: dict[str, str]) -> tuple[str, str]:
+    """The shape ("block" for any model's block) and the recipe."""
+    return row["name"] if row["question"] != "blocks" else "block", row["variant"]
+
+
+def speedup_figure(outputs: Path) -> Figure:
+    """All panels, with one scale and one legend.
+
+    Raises:
+        SettingsError: there are no rows of the benchmark.
+    """
+    rows = [row for row in read_rows(outputs) if row["variant"] in FP8_RECIPES]
+    if not rows:
+        raise SettingsError(f"{outputs / 'fp8'} holds no rows of the benchmark; run `python fp8_benchmark.py`")
+    groups: dict[tuple, list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["question"], int(row["tokens"]), row["device_name"]), []).append(row)
+    columns = min(COLUMNS, len(groups))
+    lines = -(-len(groups) // columns)
+    numbers = sorted({int(row["n"]) for row in rows if row["status"] == "ok"})
+    counted = " to ".join(str(number) for number in dict.fromkeys(numbers[:1] + numbers[-1:]))
+    figure = blank_figure(
+        "FP8 training against bf16, by width: time of forward and backward pass",
+        f"median of n = {counted} replays of a CUDA graph | above the grey line FP8 is faster",
+        height=1.6 + 3.3 * lines,
+    )
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    every = [int(row["width"]) for row in rows]
+    for ax, ((question, *_), own) in zip(axes.flat, groups.items(), strict=False):
+        panel(tidy(ax), question, own)
+        ax.set_xlim(min(every) / 1.2, max(every) * 1.2)
+    for ax in axes.flat[len(groups) :]:
+        ax.axis("off")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("times as fast as bf16")
+    axes[0, 0].set_ylim(bottom=0)
+    recipes = [name for name in FP8_RECIPES if any(row["variant"] == name for row in rows)]
+    shapes = [
+        name for name in (*(name for name, *_ in SHAPES), "block") if any(line_of(row)[0] == name for row in rows)
+    ]
+    handles = [Line2D([], [], color=COLOURS[name], linewidth=3, label=name) for name in recipes]
+    for name in shapes:
+        marker, style = LOOKS[name]
+        handles.append(Line2D([], [], color="black", marker=marker, linestyle=style, markersize=5, label=WORDS[name]))
+    legend_below(figure, len(handles), handles)
+    return figure
+
+
+@dataclass
+class Settings:
+    """Settings of `python plot_fp8.py`."""
+
+    output_folder: str = setting("outputs", "folder of all results")
+
+
+def main() -> int:
+    """Draw the figure and print its path."""
+    outputs = Path(parse_settings(Settings).output_folder)
+    print(save(speedup_figure(outputs), outputs / "plots" / "fp8" / "speedup_by_width.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
