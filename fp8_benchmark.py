@@ -15,9 +15,9 @@ in x out and tokens x out numbers, so the gain grows with the width and the cost
 speed because FP8 training promises to save none of it: torchao's layer keeps its 16-bit input, unless the compiler
 decides otherwise (`kept_gib`).
 
-Every result is compared with fp32 before it is timed, and timed as a CUDA graph: a layer alone runs for less time than
-its launches take, which in a compiled model lie hidden behind its neighbours. Without a GPU of compute capability 8.9
-there is nothing to measure. Sources: torchao.float8 and its tables for H100
+What a layer or block computes is compared with fp32 before it is timed. Times are of CUDA graphs: a layer alone runs
+for less time than its launches take, which in a compiled model lie hidden behind its neighbours. Without a GPU of
+compute capability 8.9 there is nothing to measure. Sources: torchao.float8 and its tables for H100
 (https://docs.pytorch.org/ao/stable/workflows/training.html); Micikevicius et al. 2022, arXiv 2209.05433.
 """
 
@@ -54,7 +54,8 @@ from utils import (
 QUESTIONS = ("products", "layers", "blocks")
 SHAPES = (("square", 1, 1), ("expand", 1, 4), ("contract", 4, 1))  # name, inputs and outputs in widths
 LARGEST_ERROR = 0.25  # of output and gradients against fp32; 4 bits of mantissa round by some per cent
-FACTS = ("device_name", "question", "name", "width", "tokens", "variant")  # that tell rows of all runs apart
+FACTS = ("device_name", "question", "name", "width", "tokens")  # of rows that are compared
+NUMBERS = ("width", "tokens", "n", "ms", "speedup", "kept_gib", "peak_gib")
 COLUMNS = (
     "question", "name", "width", "tokens", "inputs", "outputs", "variant", "status", "ms", "ms_p20", "ms_p80", "n",
     "tflops", "speedup", "kept_gib", "peak_gib", "error",
@@ -327,19 +328,34 @@ def break_even(rows: Iterable[dict[str, Any]], question: str) -> list[dict[str, 
 
 
 def read_rows(outputs: Path, question: str | None = None) -> list[dict[str, str]]:
-    """Rows of the benchmark, of one question or of all, by GPU (`device_name`).
+    """Rows of the benchmark, of one question or of all, with their GPU (`device_name`).
 
-    All runs count, finished or not; of rows measured more than once the newest stands.
+    All runs count, finished or not. What is compared is of one run: a GPU's rows of one name, width and number of
+    tokens are the newest run's that has more than one of them (or any, if no run has more).
+
+    Raises:
+        SettingsError: a file is damaged.
     """
     runs = [read_object(path) | {"folder": path.parent} for path in (outputs / "fp8").glob("*/run.json")]
-    runs = [run for run in runs if (run["folder"] / "results.csv").is_file()]
-    rows: dict[tuple, dict[str, str]] = {}
-    for run in sorted(runs, key=lambda run: run["started_at"]):
-        with (run["folder"] / "results.csv").open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                row["device_name"] = run["device_name"]
-                rows[tuple(row[key] for key in FACTS)] = row
-    found = [row for row in rows.values() if question in (None, row["question"])]
+    groups: dict[tuple, list[dict[str, str]]] = {}
+    for run in sorted(runs, key=lambda run: str(run.get("started_at"))):
+        path, own = run["folder"] / "results.csv", {}
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):  # a kill can cut off the last line
+            try:
+                numbers = [float(row[key]) for key in NUMBERS if row[key]]
+                whole = None not in row.values() and set(COLUMNS) <= set(row) and len(numbers) >= 3
+            except (KeyError, TypeError, ValueError):
+                whole = False
+            if not whole:
+                raise SettingsError(f"{path} holds a row that fp8_benchmark.py did not write: {list(row.values())}")
+            row["device_name"] = str(run.get("device_name"))
+            own.setdefault(tuple(row[key] for key in FACTS), []).append(row)
+        for key, found in own.items():
+            if len(found) > 1 or len(groups.get(key, [])) < 2:
+                groups[key] = found
+    rows = [row for group in groups.values() for row in group]
+    found = [row for row in rows if question in (None, row["question"])]
     orders = (QUESTIONS, [name for name, *_ in SHAPES], ("bf16", *FP8_RECIPES))
 
     def place(row: dict[str, str]) -> tuple:
@@ -347,7 +363,8 @@ def read_rows(outputs: Path, question: str | None = None) -> list[dict[str, str]
             order.index(word) if word in order else -1
             for order, word in zip(orders, (row["question"], row["name"], row["variant"]), strict=True)
         ]
-        return row["device_name"], *words[:2], float(row["tokens"]), float(row["width"]), row["name"], words[2]
+        numbers = float(row["tokens"]), float(row["width"])
+        return words[0], row["device_name"], words[1], *numbers, row["name"], words[2]
 
     return sorted(found, key=place)
 

@@ -182,10 +182,11 @@ def adamw_8bit_class() -> type[torch.optim.Optimizer]:
 class OptimizerInBackward(torch.optim.Optimizer):
     """Runs an optimizer's step for each parameter within the backward pass and drops the gradient at once.
 
-    No two gradients coexist: 4 bytes a parameter less (2 in bf16). The result is bitwise that of the same optimizer
-    after the backward pass. `step()` does nothing, `state`, `param_groups`, `state_dict` and `load_state_dict` are the
-    inner optimizer's. Every backward pass is a step, so whoever trains must refuse accumulation over micro-batches,
-    gradient clipping (no norm over all gradients is ever known) and fp16's gradient scaler (it would be skipped).
+    No two gradients coexist: 4 bytes a parameter less (2 in bf16); under FSDP those of a block do. The result is
+    bitwise that of the same optimizer after the backward pass. `step()` does nothing, `state`, `param_groups`,
+    `state_dict` and `load_state_dict` are the inner optimizer's. Every backward pass is a step, so whoever trains must
+    refuse accumulation over micro-batches, gradient clipping (no norm over all gradients is ever known) and fp16's
+    gradient scaler (it would be skipped).
 
     Args:
         inner: steps all its parameters; hooks call it for one at a time, until this object is deleted.

@@ -50,6 +50,11 @@ def check_parallel(settings: Any) -> None:
             "--optimizer_in_backward true updates a parameter before DDP has averaged its gradient; leave one of them "
             "out, or use --parallel fsdp"
         )
+    if settings.parallel == "fsdp" and (settings.optimizer, settings.parameters) == ("adamw_8bit", "bf16_stochastic"):
+        raise SettingsError(
+            "--optimizer adamw_8bit with --parameters bf16_stochastic cannot write its 8-bit states into shards; use "
+            "--parallel ddp or --parameters bf16_master"
+        )
     if settings.adjust_batch_size:
         raise SettingsError(
             "--adjust_batch_size true under --parallel would hang when a batch size fits in one process and not in "

@@ -69,8 +69,8 @@ def mean_curve(group: Group, measure: str, comparison: Comparison) -> Curve | No
     return xs.mean(axis=0), np.mean([loss[:points] for _, loss in curves], axis=0)
 
 
-def difference_curve(group: Group, measure: str, comparison: Comparison) -> Curve | None:
-    """Loss minus that of the baseline with the same seed, mean over the seeds that both have; None without one."""
+def difference_curves(group: Group, measure: str, comparison: Comparison) -> list[Curve]:
+    """Loss minus that of the baseline with the same seed, one curve for each seed that both have."""
     others = {setting(run, "seed"): curve(run, measure, comparison) for run in comparison.base.good}
     found = []
     for run in group.good:
@@ -79,10 +79,7 @@ def difference_curve(group: Group, measure: str, comparison: Comparison) -> Curv
             points = min(len(own[0]), len(other[0]))
             if np.array_equal(own[0][:points], other[0][:points]):  # the same tokens at the same step
                 found.append((own[0][:points], own[1][:points] - other[1][:points]))
-    if not found:
-        return None
-    points = min(len(x) for x, _ in found)
-    return found[0][0][:points], np.mean([loss[:points] for _, loss in found], axis=0)
+    return found
 
 
 def loss_figure(comparison: Comparison, measure: str) -> Figure:
@@ -140,23 +137,25 @@ def draw_curves(ax: Axes, group: Group, measure: str, comparison: Comparison, st
 
 
 def draw_differences(ax: Axes, measure: str, comparison: Comparison) -> list[Patch | Line2D]:
-    """Each label's loss minus the baseline's, seed by seed; the band is how far the baseline's own seeds lie apart."""
+    """Each label's loss minus the baseline's, a line a seed; the band is how far the baseline's own seeds lie apart."""
     base, handles = comparison.base, []
     mean = mean_curve(base, measure, comparison)
     ax.axhline(0, color=base.colour, linewidth=1.2)
     ax.set_ylabel("difference (nats)")
-    ax.set_title(f"loss minus that of {base.label}, of the same seed", loc="left", fontsize=10)
+    ax.set_title(f"loss minus that of {base.label}, of the same seed: a line a seed", loc="left", fontsize=10)
     seeds = [found[1] for run in base.good if (found := curve(run, measure, comparison)) is not None]
     if len(seeds) > 1:
-        apart = np.array([loss[: len(mean[1])] for loss in seeds]) - mean[1]
-        ax.fill_between(mean[0], apart.min(axis=0), apart.max(axis=0), color=base.colour, alpha=0.18, linewidth=0)
-        words = f"seeds of {base.label}, from their mean"
+        points = min(map(len, seeds))
+        apart = np.array([loss[:points] for loss in seeds])
+        apart = apart.max(axis=0) - apart.min(axis=0)
+        ax.fill_between(mean[0][:points], -apart, apart, color=base.colour, alpha=0.18, linewidth=0)
+        words = f"how far the seeds of {base.label} lie apart"
         handles.append(Patch(color=base.colour, alpha=0.18, label=words))
     for place, group in enumerate(comparison.groups):
-        found = None if group is base else difference_curve(group, measure, comparison)
-        if found is not None:
-            ax.plot(*found, color=group.colour, linestyle=LINE_STYLES[place % len(LINE_STYLES)], linewidth=1.6)
-        elif group is not base and group.good:
+        found = [] if group is base else difference_curves(group, measure, comparison)
+        for own in found:
+            ax.plot(*own, color=group.colour, linestyle=LINE_STYLES[place % len(LINE_STYLES)], linewidth=1.2)
+        if not found and group is not base and group.good:
             words = f"{group.label}: no difference, {base.label} has no run of its seed at the same {measure}"
             handles.append(Line2D([], [], linestyle="none", label=words))
     return handles

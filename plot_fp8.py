@@ -17,14 +17,26 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from figure_parts import BLUE, CROSS, GREEN, GREY, ORANGE, blank_figure, legend_below, save, tidy
-from fp8_benchmark import SHAPES, read_rows
+from fp8_benchmark import read_rows
 from precision import FP8_RECIPES
 from utils import SettingsError, parse_settings, run_script, setting
 
 COLUMNS = 3
 COLOURS = dict(zip(FP8_RECIPES, (ORANGE, BLUE, GREEN), strict=True))
-LOOKS = {"square": ("o", "-"), "expand": ("^", "--"), "contract": ("s", ":"), "block": ("D", "-")}  # marker, line
-WORDS = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d", "block": "a whole block"}
+LOOKS = {
+    "square": ("o", "-"),
+    "expand": ("^", "--"),
+    "contract": ("s", ":"),
+    "gpt2": ("D", "-"),
+    "llama": ("P", "-"),
+}  # marker, line
+WORDS = {
+    "square": "d to d",
+    "expand": "d to 4 d",
+    "contract": "4 d to d",
+    "gpt2": "block of GPT-2",
+    "llama": "block of Llama",
+}
 
 
 def panel(ax: Axes, question: str, rows: list[dict[str, str]]) -> None:
@@ -33,10 +45,15 @@ def panel(ax: Axes, question: str, rows: list[dict[str, str]]) -> None:
     for (shape, recipe), own in groupby(sorted(rows, key=line_of), key=line_of):
         points = [(int(row["width"]), float(row["speedup"] or "nan"), row["status"]) for row in own]
         points.sort()
-        known = [(width, speedup) for width, speedup, _ in points if math.isfinite(speedup)]
-        if known:
-            marker, style = LOOKS[shape]
-            ax.plot(*zip(*known, strict=True), marker=marker, linestyle=style, color=COLOURS[recipe], markersize=5)
+        marker, style = LOOKS.get(shape, ("o", "-"))
+        if any(math.isfinite(speedup) for _, speedup, _ in points):  # what failed is a gap in the line
+            ax.plot(
+                *list(zip(*points, strict=True))[:2],
+                marker=marker,
+                linestyle=style,
+                color=COLOURS[recipe],
+                markersize=5,
+            )
         for width, _, status in (point for point in points if point[2] != "ok"):
             ax.plot([width], [0.06], transform=ax.get_xaxis_transform(), **CROSS)
             ax.annotate(f"{recipe}: {status}", (width, 0.06), (0, 9), ax.get_xaxis_transform(),
@@ -50,8 +67,8 @@ def panel(ax: Axes, question: str, rows: list[dict[str, str]]) -> None:
 
 
 def line_of(row: dict[str, str]) -> tuple[str, str]:
-    """The shape ("block" for any model's block) and the recipe."""
-    return row["name"] if row["question"] != "blocks" else "block", row["variant"]
+    """The shape, or the family of models whose block it is, and the recipe."""
+    return row["name"].split("-")[0], row["variant"]
 
 
 def speedup_figure(outputs: Path) -> Figure:
@@ -71,7 +88,7 @@ def speedup_figure(outputs: Path) -> Figure:
     numbers = sorted({int(row["n"]) for row in rows if row["status"] == "ok"})
     counted = " to ".join(str(number) for number in dict.fromkeys(numbers[:1] + numbers[-1:]))
     figure = blank_figure(
-        "FP8 training against bf16, by width: time of forward and backward pass",
+        "FP8 against bf16, by width: time of a training step's products, of a layer and of a block with their casts",
         f"median of n = {counted} replays of a CUDA graph | above the grey line FP8 is faster",
         height=1.6 + 3.3 * lines,
     )
@@ -86,9 +103,7 @@ def speedup_figure(outputs: Path) -> Figure:
         ax.set_ylabel("times as fast as bf16")
     axes[0, 0].set_ylim(bottom=0)
     recipes = [name for name in FP8_RECIPES if any(row["variant"] == name for row in rows)]
-    shapes = [
-        name for name in (*(name for name, *_ in SHAPES), "block") if any(line_of(row)[0] == name for row in rows)
-    ]
+    shapes = [name for name in LOOKS if any(line_of(row)[0] == name for row in rows)]
     handles = [Line2D([], [], color=COLOURS[name], linewidth=3, label=name) for name in recipes]
     for name in shapes:
         marker, style = LOOKS[name]

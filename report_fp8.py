@@ -80,7 +80,8 @@ def baseline_of(run: Run, runs: list[Run]) -> Run | None:
         settings = {name: value for name, value in other.info["settings"].items() if name not in MAY_DIFFER}
         return other.info["model_size"], other.info["device_name"], sorted(settings.items(), key=lambda item: item[0])
 
-    found = [other for other in runs if other.info["precision"] == "bf16" and facts(other) == facts(run)]
+    own = facts(run)
+    found = [o for o in runs if o.info["precision"] == "bf16" and o.info["status"] == "ok" and facts(o) == own]
     steps = run.info["settings"].get("max_steps")
     return min(found, key=lambda other: other.info["settings"].get("max_steps") != steps, default=None)
 
@@ -100,8 +101,12 @@ def training_table(outputs: Path) -> str:
         if (run.info.get("fp8") or {}).get("emulated"):
             lines.append([*words, *["-"] * 9, last_loss(run)])  # its time and memory say nothing about FP8
             continue
+        if results.get("tokens_per_s") is None:
+            lines.append([*words, "too short to time", *["-"] * 8, last_loss(run)])
+            continue
         base = baseline_of(run, runs)
-        gain = None if base is None or base is run else results["tokens_per_s"] / base.info["results"]["tokens_per_s"]
+        rate = None if base is None or base is run else base.info["results"].get("tokens_per_s")
+        gain = results["tokens_per_s"] / rate if rate else None
         share = fp8_share(run)
         lines.append(
             [
@@ -121,11 +126,14 @@ def training_table(outputs: Path) -> str:
     header = ["model", "precision", "seed", "tokens/s", "step ms (20th-80th percentile)", "times bf16, same seed"]
     header += ["FLOPs in FP8", "times bf16 if those took half the time"]
     header += ["MFU of the bf16 peak", "MFU of the fp8 peak", "peak allocated, GiB", "compiled in, s"]
-    return markdown([*header, f"loss, last {BLOCK_STEPS} steps"], lines)
+    return markdown([*header, f"loss, mean of {BLOCK_STEPS} steps, at the last"], lines)
 
 
 def last_loss(run: Run) -> str:
-    return f"{statistics.fmean(row['loss'] for row in run.steps[-BLOCK_STEPS:]):.3f}"
+    """Mean of the last BLOCK_STEPS steps and the step at which they end."""
+    if not run.steps:
+        return "-"
+    return f"{statistics.fmean(row['loss'] for row in run.steps[-BLOCK_STEPS:]):.3f} at {len(run.steps)}"
 
 
 def block_means(run: Run) -> list[float]:
@@ -167,6 +175,7 @@ def parity_table(outputs: Path) -> str:
             f"{found[-1]:+.3f}",
         ]
         for *words, found in lines
+        if found
     ]
     return markdown(header, rows)
 
@@ -232,7 +241,7 @@ FP8_TABLES: dict[str, Callable[[], str]] = {
     "fp8 parity": lambda: parity_table(ROOT / "outputs"),
     "fp8 products": lambda: widths_table(ROOT / "outputs", "products", ("ms", "speedup")),
     "fp8 layers": lambda: widths_table(ROOT / "outputs", "layers", ("ms", "speedup")),
-    "fp8 blocks": lambda: widths_table(ROOT / "outputs", "blocks", ("ms", "speedup", "kept_gib")),
+    "fp8 blocks": lambda: widths_table(ROOT / "outputs", "blocks", ("ms", "speedup", "kept_gib", "peak_gib")),
     "fp8 break-even": lambda: break_even_table(ROOT / "outputs"),
 }
 
@@ -251,7 +260,7 @@ def main() -> int:
         raise SettingsError(f"--output_folder {outputs} has no folder fp8; run {TRAINING}")
     print(training_table(outputs), parity_table(outputs), sep="\n\n")
     for question in ("products", "layers", "blocks"):
-        keys = ("ms", "speedup") if question == "products" else ("ms", "speedup", "kept_gib")
+        keys = ("ms", "speedup") if question == "products" else ("ms", "speedup", "kept_gib", "peak_gib")
         print("", widths_table(outputs, question, keys), sep="\n")
     print("", break_even_table(outputs), sep="\n")
     return 0

@@ -46,6 +46,11 @@ def one_of(run: Run, runs: list[Run]) -> Run | None:
     return next((other for other in alone if facts(other) == facts(run)), None)
 
 
+def ratio(results: dict, one: dict) -> float | None:
+    """How many times as many tokens a second; None if either was too short to time."""
+    return results["tokens_per_s"] / one["tokens_per_s"] if one.get("tokens_per_s") else None
+
+
 def parallel_table(outputs: Path) -> str:
     """One row a run: speed against one process, MFU, memory of each GPU against the formula."""
     runs = [read_run(path.parent) for path in (outputs / "parallel").glob("*/run.json")]
@@ -60,11 +65,14 @@ def parallel_table(outputs: Path) -> str:
             f"`{run.info['model_size']}`",
             str(run.info["batch_size"]),
         ]
-        if run.info["status"] != "ok":
-            lines.append([*words, run.info["status"], *["-"] * 7])
+        status = run.info["status"]
+        if status == "ok" and run.info["results"].get("tokens_per_s") is None:
+            status = "too short to time"
+        if status != "ok":
+            lines.append([*words, status, *["-"] * 7])
             continue
         results, one = run.info["results"], one_of(run, runs)
-        gain = None if one is None or one is run else results["tokens_per_s"] / one.info["results"]["tokens_per_s"]
+        gain = None if one is None or one is run else ratio(results, one.info["results"])
         starts = [row["start_allocated_gib"] for row in run.memory if row["phase"] == "forward_pass"]
         peaks = results.get("peak_allocated_gib_by_rank") or [results["peak_allocated_gib"]]
         lines.append(
@@ -75,7 +83,7 @@ def parallel_table(outputs: Path) -> str:
                 str(results["timed_steps"]),
                 "-" if gain is None else f"{gain:.3f}",
                 percent(results["mfu"]),
-                shown(max(starts)),
+                shown(max(starts, default=None)),
                 shown(formula_gib(run)),
                 ", ".join(shown(peak) for peak in peaks),
             ]

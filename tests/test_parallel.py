@@ -285,6 +285,10 @@ def plan_for(world_size: int = 2, **changes) -> llm_plan.Plan:
     ("changes", "words"),
     [
         ({"optimizer_in_backward": True}, "--optimizer_in_backward true updates a parameter before"),
+        (
+            {"parallel": "fsdp", "optimizer": "adamw_8bit", "parameters": "bf16_stochastic"},
+            "--optimizer adamw_8bit with --parameters bf16_stochastic cannot",
+        ),
         ({"adjust_batch_size": True}, "--adjust_batch_size true under --parallel would hang"),
         ({"batch_size": 9}, "--batch_size 9 is the sequences of all processes"),
         ({"tokens_per_update": 32 * 9, "batch_size": None}, "--tokens_per_update 288 is 9 sequences"),

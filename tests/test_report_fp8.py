@@ -9,7 +9,7 @@ import pytest
 import fp8_benchmark
 import plot_fp8
 import report_fp8
-from utils import run_script
+from utils import SettingsError, run_script
 
 RESULTS = {
     "tokens_per_s": 1000.0, "step_ms_median": 50.0, "step_ms_p20": 49.0, "step_ms_p80": 51.0, "mfu": 0.5,
@@ -57,7 +57,7 @@ def test_training_rows(outputs):
     assert rows[2][3] == "oom" and set(rows[2][4:]) == {"-"}
     # 6 x 10 x 20 x 3 = 3600 of 4500 FLOPs in FP8: if they took half the time, 1 / (0.2 + 0.4).
     assert rows[3][3:10] == ["1,300", "50.0 (49.0-51.0)", "1.300", "80.0 %", "1.67", "60.0 %", "30.0 %"]
-    assert rows[0][5:8] == ["-"] * 3 and rows[0][8:10] == ["50.0 %", "-"] and rows[0][-1] == "5.000"
+    assert rows[0][5:8] == ["-"] * 3 and rows[0][8:10] == ["50.0 %", "-"] and rows[0][-1] == "5.000 at 60"
     assert len({len(row) for row in rows}) == 1
 
 
@@ -65,7 +65,7 @@ def test_an_emulated_run_has_no_speed(tmp_path):
     make_run(tmp_path, "a", losses=5.0)
     make_run(tmp_path, "b", fp8=FP8 | {"emulated": True}, losses=5.2, tokens_per_s=3.0)
     row = cells(report_fp8.training_table(tmp_path))[1]
-    assert row[1] == "fp8 tensorwise, emulated" and set(row[3:-1]) == {"-"} and row[-1] == "5.200"
+    assert row[1] == "fp8 tensorwise, emulated" and set(row[3:-1]) == {"-"} and row[-1] == "5.200 at 60"
 
 
 def test_parity_rows(outputs):
@@ -138,15 +138,14 @@ def test_the_benchmarks_tables(outputs):
     make_benchmark(outputs, "old", other, "2025-01-01", device_name="other card")
     rows = cells(report_fp8.widths_table(outputs, "layers", ("ms", "speedup")))
     assert rows == [
-        ["card", "64", "512 to 512", "0.500", "0.800 / 0.625", "-"],
-        ["card", "64", "1,024 to 1,024", "1.50", "oom", "-"],
-        ["card", "64", "2,048 to 2,048", "1.50", "1.00 / 1.50", "2.00 / 0.750"],
-        ["other card", "64", "256 to 256", "0.500", "0.800 / 1.25", "-"],
+        ["card", "64", "512 to 512", "0.500", "0.800 / 0.625"],
+        ["card", "64", "1,024 to 1,024", "1.50", "oom"],
+        ["card", "64", "2,048 to 2,048", "1.50", "1.00 / 1.50"],  # the newer run's row has nothing to stand against
+        ["other card", "64", "256 to 256", "0.500", "0.800 / 1.25"],
     ]
     found = [row[-2:] for row in cells(report_fp8.break_even_table(outputs))]
     assert found == [
         ["tensorwise", "2,048 (not yet at 1,024)"],
-        ["rowwise", "not up to 2,048"],
         ["tensorwise", "256, the smallest"],
     ]
     assert report_fp8.widths_table(outputs, "blocks", ("ms",)).startswith("Not run yet: the benchmark's blocks")
@@ -154,6 +153,32 @@ def test_the_benchmarks_tables(outputs):
     assert [row[-1] for row in cells(report_fp8.break_even_table(outputs))] == [
         "not up to 512", "not up to 2,048", "256, the smallest",
     ]  # fmt: skip
+
+
+def test_a_line_that_a_kill_cut_off_is_ignored_and_a_damaged_file_is_one_sentence(outputs):
+    line = "layers,square,512,64,512,512,bf16,ok,0.5,0.5,0.5,5,10,,0.1,1,0.002"
+    make_benchmark(outputs, "benchmark", [line, line.replace("512", "768")[:-30]], "2026-01-01")
+    path = outputs / "fp8" / "benchmark" / "results.csv"
+    path.write_text(path.read_text().rstrip())
+    assert [row["width"] for row in fp8_benchmark.read_rows(outputs)] == ["512"]
+    for wrong in (line[:-30], line.replace("512", "wide"), "x"):
+        path.write_text(",".join(fp8_benchmark.COLUMNS) + "\n" + wrong + "\n")
+        with pytest.raises(SettingsError, match="holds a row that fp8_benchmark"):
+            fp8_benchmark.read_rows(outputs)
+
+
+@pytest.mark.parametrize("status", ["running", "oom"])
+def test_a_baseline_without_results_is_none(tmp_path, status):
+    make_run(tmp_path, "bf16", status=status)
+    make_run(tmp_path, "fp8", fp8=FP8)
+    rows = cells(report_fp8.training_table(tmp_path))
+    assert [row[5] for row in rows] == ["-", "-"]
+
+
+def test_a_run_too_short_to_time(tmp_path):
+    make_run(tmp_path, "fp8", fp8=FP8, tokens_per_s=None)
+    (row,) = cells(report_fp8.training_table(tmp_path))
+    assert row[3] == "too short to time" and row[-1] == "5.000 at 60"
 
 
 def test_the_figure_has_a_panel_for_each_question_and_gpu(outputs, monkeypatch, capsys):
