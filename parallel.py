@@ -52,8 +52,8 @@ def check_parallel(settings: Any) -> None:
         )
     if settings.parallel == "fsdp" and (settings.optimizer, settings.parameters) == ("adamw_8bit", "bf16_stochastic"):
         raise SettingsError(
-            "--optimizer adamw_8bit with --parameters bf16_stochastic cannot write its 8-bit states into shards; use "
-            "--parallel ddp or --parameters bf16_master"
+            "--optimizer adamw_8bit with --parameters bf16_stochastic cannot round what lies in shards; use "
+            "--parallel ddp, --parameters fp32 or --optimizer adamw"
         )
     if settings.adjust_batch_size:
         raise SettingsError(
