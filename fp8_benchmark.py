@@ -53,9 +53,9 @@ from utils import (
 
 QUESTIONS = ("products", "layers", "blocks")
 SHAPES = (("square", 1, 1), ("expand", 1, 4), ("contract", 4, 1))  # name, inputs and outputs in widths
+SHAPE_WORDS = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d"}
 LARGEST_ERROR = 0.25  # of output and gradients against fp32; 4 bits of mantissa round by some per cent
 FACTS = ("device_name", "question", "name", "width", "tokens")  # of rows that are compared
-NUMBERS = ("width", "tokens", "n", "ms", "speedup", "kept_gib", "peak_gib")
 COLUMNS = (
     "question", "name", "width", "tokens", "inputs", "outputs", "variant", "status", "ms", "ms_p20", "ms_p80", "n",
     "tflops", "speedup", "kept_gib", "peak_gib", "error",
@@ -154,14 +154,16 @@ class Step:
             holder = nn.ModuleList([module])  # torchao swaps layers inside a module
             convert_to_fp8(holder, variant)
             self.module = holder[0]
-        with torch.no_grad():  # not compiled: without gradients it would be another graph
-            output = self.forward(self.module)
+        self.run = self.module
+        with torch.no_grad():  # not compiled yet: without gradients it would be another graph
+            output = self.forward()
         self.gradient = torch.randn(output.shape, device="cuda", generator=generator) / shape[-1] ** 0.5
-        self.run = torch.compile(self.module, fullgraph=True) if variant != "fp32" else self.module
+        if variant != "fp32":
+            self.run = torch.compile(self.module, fullgraph=True)
 
-    def forward(self, function: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         with autocast("fp32" if self.variant == "fp32" else "bf16", self.inputs.device):
-            return (function or self.run)(self.inputs)
+            return self.run(self.inputs)
 
     def __call__(self) -> torch.Tensor:
         output = self.forward()
@@ -343,12 +345,13 @@ def read_rows(outputs: Path, question: str | None = None) -> list[dict[str, str]
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):  # a kill can cut off the last line
             try:
-                numbers = [float(row[key]) for key in NUMBERS if row[key]]
-                whole = None not in row.values() and set(COLUMNS) <= set(row) and len(numbers) >= 3
-            except (KeyError, TypeError, ValueError):
-                whole = False
-            if not whole:
-                raise SettingsError(f"{path} holds a row that fp8_benchmark.py did not write: {list(row.values())}")
+                for key in ("width", "tokens", "n"):
+                    int(row[key])
+                for key in ("ms", "speedup", "kept_gib", "peak_gib"):
+                    float(row[key] or 0)
+                row["variant"], row["status"], row["inputs"], row["outputs"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise SettingsError(f"{path} holds a row that fp8_benchmark.py did not write: {error}") from None
             row["device_name"] = str(run.get("device_name"))
             own.setdefault(tuple(row[key] for key in FACTS), []).append(row)
         for key, found in own.items():
@@ -370,9 +373,9 @@ def read_rows(outputs: Path, question: str | None = None) -> list[dict[str, str]
 
 
 def check(settings: Settings, device: torch.device) -> None:
-    """Raise a SettingsError for wrong settings, or where FP8 cannot run."""
+    """Raise a SettingsError for wrong settings, or where FP8 cannot run; lists of names lose their spaces."""
     for flag, known in (("questions", QUESTIONS), ("recipes", FP8_RECIPES), ("models", list(MODEL_SIZES))):
-        read_names(flag, getattr(settings, flag), known)
+        setattr(settings, flag, ",".join(read_names(flag, getattr(settings, flag), known)))
     for flag in ("widths", "tokens"):
         read_rising(flag, getattr(settings, flag), multiple=FP8_MULTIPLE)
     if settings.repeats < 1:

@@ -406,6 +406,17 @@ def test_wrong_benchmark_settings(monkeypatch, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+def test_spaces_between_names_leave_nothing_out(monkeypatch):
+    monkeypatch.setattr(fp8_benchmark, "fp8_unsupported_reason", lambda *_, **__: None)
+    settings = fp8_benchmark.Settings(
+        questions="products, layers", recipes=" rowwise , tensorwise", models="gpt2, gpt2-xl"
+    )
+    fp8_benchmark.check(settings, CPU)
+    assert (settings.questions, settings.recipes, settings.models) == (
+        "products,layers", "rowwise,tensorwise", "gpt2,gpt2-xl",
+    )  # fmt: skip
+
+
 def test_the_benchmark_needs_fp8_units(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert call(monkeypatch, fp8_benchmark, [f"--output_folder={tmp_path}"]) == 2
