@@ -17,26 +17,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from figure_parts import BLUE, CROSS, GREEN, GREY, ORANGE, blank_figure, legend_below, save, tidy
-from fp8_benchmark import read_rows
+from fp8_benchmark import SHAPE_WORDS, read_rows
 from precision import FP8_RECIPES
 from utils import SettingsError, parse_settings, run_script, setting
 
 COLUMNS = 3
 COLOURS = dict(zip(FP8_RECIPES, (ORANGE, BLUE, GREEN), strict=True))
-LOOKS = {
-    "square": ("o", "-"),
-    "expand": ("^", "--"),
-    "contract": ("s", ":"),
-    "gpt2": ("D", "-"),
-    "llama": ("P", "-"),
-}  # marker, line
-WORDS = {
-    "square": "d to d",
-    "expand": "d to 4 d",
-    "contract": "4 d to d",
-    "gpt2": "block of GPT-2",
-    "llama": "block of Llama",
-}
+WORDS = SHAPE_WORDS | {"gpt2": "block of GPT-2", "llama": "block of Llama"}
+LOOKS = dict(zip(WORDS, (("o", "-"), ("^", "--"), ("s", ":"), ("D", "-"), ("P", "-")), strict=True))  # marker, line
 
 
 def panel(ax: Axes, question: str, rows: list[dict[str, str]]) -> None:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8_benchmark import break_even, read_rows
+from fp8_benchmark import QUESTIONS, SHAPE_WORDS, break_even, read_rows
 from report_text import ROOT, markdown, not_run, percent, plain, shown
 from run_results import Run, read_run
 from utils import SettingsError, parse_settings, run_script, setting
 
 ORDER = ("fp32", "bf16", "fp8")
 SHAPE_COLUMNS = ("device_name", "name", "tokens", "inputs", "outputs", "width")
-SHAPE_WORDS = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d"}
 MAY_DIFFER = {  # between a run in FP8 and its baseline
     "precision", "fp8_recipe", "fp8_layers", "fp8_head", "fp8_emulation", "use_fp16", "run_name", "figures",
     "log_every", "tensorboard", "output_folder", "cache_folder", "dataset_path", "resume", "config",
@@ -259,7 +258,7 @@ def main() -> int:
     if not (outputs / "fp8").is_dir():
         raise SettingsError(f"--output_folder {outputs} has no folder fp8; run {TRAINING}")
     print(training_table(outputs), parity_table(outputs), sep="\n\n")
-    for question in ("products", "layers", "blocks"):
+    for question in QUESTIONS:
         keys = ("ms", "speedup") if question == "products" else ("ms", "speedup", "kept_gib", "peak_gib")
         print("", widths_table(outputs, question, keys), sep="\n")
     print("", break_even_table(outputs), sep="\n")
