@@ -37,6 +37,7 @@ from attention import DTYPES, attention, packed_attention
 from attention_kernels import observe_kernel, score_bias, sequence_starts, visible_keys
 from attention_support import FULL, choose_backend, unsupported_reason
 from memory_tracker import MemoryTracker
+from technique_bench import gpu_clock_mhz
 from utils import SettingsError, is_out_of_memory, percentile
 
 TENSORS = ("output", "dq", "dk", "dv")
@@ -45,7 +46,6 @@ PARITY_PAIRS = 8
 UNSETTLED = 0.015  # a case whose rounds differ by more than this
 MORE_ROUNDS = 1  # is measured for that many times the rounds again
 HEAD_STARTS = 3  # tries to queue a round before the GPU catches up with the host
-SPIN_CYCLES = 1_000_000  # about half a millisecond
 
 
 @dataclass(frozen=True)
@@ -299,13 +299,7 @@ class Timer:
                 break
             self.wait()
             spin_ms = max(2 * spin_ms, 2 * host_ms * repetitions)
-        clock = None
-        if self.cuda:
-            before = self._mark()
-            torch.cuda._sleep(SPIN_CYCLES)
-            after = self._mark()
-            self.wait()
-            clock = SPIN_CYCLES / before.elapsed_time(after) / 1000
+        clock = gpu_clock_mhz(self.device) if self.cuda else None
         times = {
             "forward": [self._milliseconds(a, b) for a, b, _ in marks],
             "backward": [self._milliseconds(b, c) for _, b, c in marks],

@@ -16,17 +16,19 @@ speed because FP8 training promises to save none of it: torchao's layer keeps it
 decides otherwise (`kept_gib`).
 
 What a layer or block computes is compared with fp32 before it is timed. Times are of CUDA graphs: a layer alone runs
-for less time than its launches take, which in a compiled model lie hidden behind its neighbours. Without a GPU of
-compute capability 8.9 there is nothing to measure. Sources: torchao.float8 and its tables for H100
+for less time than its launches take, which in a compiled model lie hidden behind its neighbours. Every recipe is timed
+in turn with bf16, because a card under load changes its clock; the clock after the last round stands in each row, and a
+row below half of the highest one is `throttled` and has no speedup: a card held back by heat multiplies slowly while
+its memory, and so the casts, stay as fast as ever. Without a GPU of compute capability 8.9 there is nothing to measure.
+Sources: torchao.float8 and its tables for H100
 (https://docs.pytorch.org/ao/stable/workflows/training.html); Micikevicius et al. 2022, arXiv 2209.05433.
 """
 
 import csv
 import gc
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,10 +36,10 @@ from torch import nn
 from tqdm import tqdm
 
 from cuda_graphs import RecordedStep
+from fp8_results import COLUMNS, QUESTIONS, SHAPES, break_even
 from precision import FP8_MULTIPLE, FP8_RECIPES, autocast, convert_to_fp8, fp8_unsupported_reason, set_precision
 from run_folder import RunFolder, describe_environment, now
-from run_results import read_object
-from technique_bench import Cost, measure, relative_error
+from technique_bench import Cost, clearly_faster, gpu_clock_mhz, interleaved, measure, middle, relative_error
 from transformer_based_llm import MODEL_SIZES, TransformerLM, model_config
 from utils import (
     GIB,
@@ -51,15 +53,9 @@ from utils import (
     setting,
 )
 
-QUESTIONS = ("products", "layers", "blocks")
-SHAPES = (("square", 1, 1), ("expand", 1, 4), ("contract", 4, 1))  # name, inputs and outputs in widths
-SHAPE_WORDS = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d"}
 LARGEST_ERROR = 0.25  # of output and gradients against fp32; 4 bits of mantissa round by some per cent
-FACTS = ("device_name", "question", "name", "width", "tokens")  # of rows that are compared
-COLUMNS = (
-    "question", "name", "width", "tokens", "inputs", "outputs", "variant", "status", "ms", "ms_p20", "ms_p80", "n",
-    "tflops", "speedup", "kept_gib", "peak_gib", "error",
-)  # fmt: skip
+ROUNDS = 3  # of a step's repeats, in turn with bf16's
+THROTTLED = 0.5  # of the highest clock seen; what ran below has no time
 
 
 @dataclass
@@ -77,7 +73,7 @@ class Settings:
     )
     block_tokens: int = setting(16384, "tokens in a batch of the blocks")
     attention_backend: str = setting("sdpa_cudnn", "attention kernel of the blocks")
-    repeats: int = setting(20, "timed steps of each row")
+    repeats: int = setting(10, f"timed steps of a round; each row has {ROUNDS} rounds, in turn with bf16's")
     output_folder: str = setting("outputs", "folder of all results")
     experiment: str = setting("fp8", "folder of this experiment's runs")
     run_name: str = setting("benchmark", "folder of this run; -2, -3, ... if it is there")
@@ -201,18 +197,19 @@ class Benchmark:
     settings: Settings
     run: RunFolder
     device: torch.device
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    base: RecordedStep | None = None  # bf16's step of the group being measured
+    highest_mhz: float = 0.0
 
-    def add(self, cost: Cost, *, flop: float, variant: str, **facts: Any) -> None:
-        """One row; `speedup` is against the bf16 row of the same facts."""
-        same = {key: facts[key] for key in ("question", "name", "width", "tokens")}
-        base = next((r for r in self.rows if r["variant"] == "bf16" and same.items() <= r.items()), None)
+    def add(self, cost: Cost, *, flop: float, variant: str, base: Cost | None = None, **facts: Any) -> None:
+        """One row; `speedup` is against `base`, bf16's time in the same rounds."""
         ok = cost.status == "ok"
         row: dict[str, Any] = dict.fromkeys(COLUMNS) | facts
         row |= {"variant": variant, "status": cost.status, "ms": cost.ms, "ms_p20": cost.ms_p20, "ms_p80": cost.ms_p80}
         row |= {"n": cost.n, "peak_gib": cost.peak_gib if facts["question"] != "products" else None}
         row["tflops"] = round(flop / cost.ms / 1e9, 1) if ok else None
-        row["speedup"] = round(base["ms"] / cost.ms, 4) if ok and base is not None and base["ms"] else None
+        row["bf16_ms"] = None if base is None else base.ms
+        row["speedup"] = round(base.ms / cost.ms, 4) if ok and base is not None and base.ms else None
         self.rows.append(row)
         with (self.run.path / "results.csv").open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -225,31 +222,58 @@ class Benchmark:
 
         sizes = f"{row['tokens']:>7}{row['inputs'] or '':>7}{row['outputs'] or '':>7}"
         time = f"{shown(row['ms'], '.3f') if ok else cost.status:>9} ms{shown(row['tflops'], '.0f'):>6} TFLOP/s"
+        clock = f"{shown(row['clock_mhz'], '.0f'):>6} MHz"
         memory = f"{shown(row['kept_gib'], '.3f'):>8}{shown(row['peak_gib'], '.3f'):>8} GiB"
         tqdm.write(
             f"{row['question']:<9}{row['name']:<12}{sizes}  {variant:<19}{time}{shown(row['speedup'], '.2f'):>6} x"
-            f"{memory}{shown(row['error'], '.1e'):>9}"
+            f"{clock}{memory}{shown(row['error'], '.1e'):>9}"
         )
 
-    def measure(self, step: Callable[[], torch.Tensor]) -> Cost:
-        """Time of the recorded step, peak memory of the launched one."""
+    def measure(self, step: Callable[[], torch.Tensor], variant: str) -> tuple[Cost, dict[str, Any]]:
+        """Time of the recorded step and peak memory of the launched one; what else the row says of its time.
+
+        bf16 comes first in each group of rows and stays recorded, for the recipes to be timed in turn with it. Costs of
+        several rounds are the round with the median time; `n` counts the steps of all rounds.
+        """
+        self.base = None if variant == "bf16" else self.base
         launched = measure(step, self.device, repeats=1, compiled=True)
         if launched.status != "ok":
-            return launched
-        recorded = measure(RecordedStep(step), self.device, repeats=self.settings.repeats, warm_up=3, compiled=True)
-        if recorded.status != "ok":
-            return recorded
-        return replace(recorded, start_gib=launched.start_gib, peak_gib=launched.peak_gib)
+            return launched, {}
+        steps = {"own": (RecordedStep(step), ())}
+        if self.base is not None:
+            steps = {"bf16": (self.base, ()), **steps}
+        rounds = interleaved(steps, self.device, rounds=ROUNDS, repeats=self.settings.repeats, compiled=True)
+        clock = self.clock()
+        cost, seen = middle(rounds["own"]), {"clock_mhz": round(clock)}
+        if cost.status != "ok":
+            return cost, seen
+        if clock < THROTTLED * self.highest_mhz:
+            cost = replace(cost, status="throttled")
+        elif self.base is not None:
+            seen["clear"] = "yes" if clearly_faster(rounds["own"], rounds["bf16"]) else "no"
+        if variant == "bf16":
+            self.base = steps["own"][0]
+        else:
+            seen["base"] = middle(rounds["bf16"]) if "bf16" in rounds else None
+        n = sum(one.n for one in rounds["own"])
+        return replace(cost, n=n, start_gib=launched.start_gib, peak_gib=launched.peak_gib), seen
+
+    def clock(self) -> float:
+        """The GPU's clock in MHz now; remembers the highest one."""
+        clock = gpu_clock_mhz(self.device)
+        self.highest_mhz = max(self.highest_mhz, clock)
+        return clock
 
     def products(self, name: str, width: int, tokens: int, inputs: int, outputs: int, variant: str) -> None:
-        cost = self.measure(three_products(tokens, inputs, outputs, variant))
+        cost, seen = self.measure(three_products(tokens, inputs, outputs, variant), variant)
         facts = {"name": name, "width": width, "tokens": tokens, "inputs": inputs, "outputs": outputs}
-        self.add(cost, question="products", flop=6 * tokens * inputs * outputs, variant=variant, **facts)
+        self.add(cost, question="products", flop=6 * tokens * inputs * outputs, variant=variant, **facts, **seen)
 
     def module(
         self, question: str, build: Callable[[str], nn.Module], shape: tuple[int, ...], flop: float, **facts: Any
     ) -> None:
         """Rows of one module, built for a variant: fp32 as reference (not timed), bf16 and every recipe."""
+        self.base = None
         exact: list[torch.Tensor] | None = None
         for variant in ("fp32", "bf16", *self.settings.recipes.split(",")):
             step, found = None, None  # of the variant before
@@ -273,11 +297,11 @@ class Benchmark:
             error = relative_error(found, exact)
             del found
             same = error < LARGEST_ERROR  # what computes another function gets no time
-            cost, kept = (self.measure(step), step.kept_gib()) if same else (Cost("error"), 0.0)
+            (cost, timed), kept = (self.measure(step, variant), step.kept_gib()) if same else ((Cost("error"), {}), 0.0)
             if cost.peak_gib is not None:
                 cost = replace(cost, peak_gib=round(cost.peak_gib - others / GIB, 5))
             seen = {"kept_gib": round(kept, 5) if same else None, "error": float(f"{error:.3g}")}
-            self.add(cost, question=question, flop=flop, variant=variant, **facts, **seen)
+            self.add(cost, question=question, flop=flop, variant=variant, **facts, **seen, **timed)
 
 
 def block_of(size: str, attention_backend: str) -> tuple[Callable[[str], nn.Module], int, int, float]:
@@ -298,78 +322,6 @@ def block_of(size: str, attention_backend: str) -> tuple[Callable[[str], nn.Modu
         block = TransformerLM(config).blocks[0]
     products = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
     return build, config.embedding_dim, context, 6 * products + 12 * config.embedding_dim * context
-
-
-def break_even(rows: Iterable[dict[str, Any]], question: str) -> list[dict[str, Any]]:
-    """For each name, number of tokens and recipe: from which width on FP8 was faster at every width measured.
-
-    `slower_at` is the largest width at which it was not, `faster_from` the next one; null where there is none.
-    """
-    groups: dict[tuple, list[tuple[int, float]]] = {}
-    for row in rows:
-        if row["question"] == question and row["variant"] in FP8_RECIPES:
-            name = row["name"] if question != "blocks" else "block"
-            speedup = row["speedup"] or 0.0  # a row without a time was not faster
-            groups.setdefault((name, row["tokens"], row["variant"]), []).append((row["width"], speedup))
-    answers = []
-    for (name, tokens, recipe), points in groups.items():
-        points.sort()
-        lost = [width for width, speedup in points if speedup <= 1]
-        won = [width for width, speedup in points if not lost or width > lost[-1]]
-        answers.append(
-            {
-                "question": question,
-                "name": name,
-                "tokens": tokens,
-                "recipe": recipe,
-                "slower_at": lost[-1] if lost else None,
-                "faster_from": won[0] if won else None,
-            }
-        )
-    return answers
-
-
-def read_rows(outputs: Path, question: str | None = None) -> list[dict[str, str]]:
-    """Rows of the benchmark, of one question or of all, with their GPU (`device_name`).
-
-    All runs count, finished or not. What is compared is of one run: a GPU's rows of one name, width and number of
-    tokens are the newest run's that has more than one of them (or any, if no run has more).
-
-    Raises:
-        SettingsError: a file is damaged.
-    """
-    runs = [read_object(path) | {"folder": path.parent} for path in (outputs / "fp8").glob("*/run.json")]
-    groups: dict[tuple, list[dict[str, str]]] = {}
-    for run in sorted(runs, key=lambda run: str(run.get("started_at"))):
-        path, own = run["folder"] / "results.csv", {}
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):  # a kill can cut off the last line
-            try:
-                for key in ("width", "tokens", "n"):
-                    int(row[key])
-                for key in ("ms", "speedup", "kept_gib", "peak_gib"):
-                    float(row[key] or 0)
-                row["variant"], row["status"], row["inputs"], row["outputs"]
-            except (KeyError, TypeError, ValueError) as error:
-                raise SettingsError(f"{path} holds a row that fp8_benchmark.py did not write: {error}") from None
-            row["device_name"] = str(run.get("device_name"))
-            own.setdefault(tuple(row[key] for key in FACTS), []).append(row)
-        for key, found in own.items():
-            if len(found) > 1 or len(groups.get(key, [])) < 2:
-                groups[key] = found
-    rows = [row for group in groups.values() for row in group]
-    found = [row for row in rows if question in (None, row["question"])]
-    orders = (QUESTIONS, [name for name, *_ in SHAPES], ("bf16", *FP8_RECIPES))
-
-    def place(row: dict[str, str]) -> tuple:
-        words = [
-            order.index(word) if word in order else -1
-            for order, word in zip(orders, (row["question"], row["name"], row["variant"]), strict=True)
-        ]
-        numbers = float(row["tokens"]), float(row["width"])
-        return words[0], row["device_name"], words[1], *numbers, row["name"], words[2]
-
-    return sorted(found, key=place)
 
 
 def check(settings: Settings, device: torch.device) -> None:
@@ -403,7 +355,9 @@ def main() -> int:
         settings=asdict(settings),
         peak_tflops={kind: peak_tflops(torch.cuda.get_device_name(device), kind) for kind in ("bf16", "fp8")},
     )
-    bench = Benchmark(settings, run, device, [])
+    bench = Benchmark(settings, run, device)
+    for _ in range(200):  # some tenth of a second, in which an idle card reaches its highest clock
+        bench.clock()
     shapes = [
         (name, width, tokens, width * inputs, width * outputs)
         for name, inputs, outputs in SHAPES
@@ -439,7 +393,14 @@ def main() -> int:
         lost, won = answer["slower_at"], answer["faster_from"]
         words = "never faster" if won is None else f"faster from width {won}" + (f", not at {lost}" if lost else "")
         print(f"{answer['question']} {answer['name']}, {answer['tokens']} tokens, {answer['recipe']}: {words}")
-    run.update(status="ok", results={"rows": len(bench.rows), "break_even": answers}, finished_at=now())
+    slow = sum(row["status"] == "throttled" for row in bench.rows)
+    if slow:
+        print(
+            f"{slow} rows are throttled: after them the card's clock was below {THROTTLED:.0%} of the "
+            f"{bench.highest_mhz:.0f} MHz that it can reach, held back by its limit of power or heat"
+        )
+    results = {"rows": len(bench.rows), "throttled": slow, "highest_clock_mhz": round(bench.highest_mhz)}
+    run.update(status="ok", results=results | {"break_even": answers}, finished_at=now())
     print(json.dumps({"run": str(run.path), "status": "ok", "rows": len(bench.rows)}))
     return 0
 

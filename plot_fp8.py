@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from figure_parts import BLUE, CROSS, GREEN, GREY, ORANGE, blank_figure, legend_below, save, tidy
-from fp8_benchmark import SHAPE_WORDS, read_rows
+from fp8_results import SHAPE_WORDS, read_rows
 from precision import FP8_RECIPES
 from utils import SettingsError, parse_settings, run_script, setting
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8_benchmark import QUESTIONS, SHAPE_WORDS, break_even, read_rows
+from fp8_results import QUESTIONS, SHAPE_WORDS, break_even, read_rows
 from report_text import ROOT, markdown, not_run, percent, plain, shown
 from run_results import Run, read_run
 from utils import SettingsError, parse_settings, run_script, setting
@@ -218,8 +218,7 @@ def widths_table(outputs: Path, question: str, keys: tuple[str, ...]) -> str:
 def break_even_table(outputs: Path) -> str:
     """From which width on FP8 was faster at every width measured."""
     rows: list[dict[str, Any]] = [
-        row | {"width": int(row["width"]), "tokens": int(row["tokens"]), "speedup": float(row["speedup"] or 0)}
-        for row in read_rows(outputs)
+        row | {"width": int(row["width"]), "tokens": int(row["tokens"])} for row in read_rows(outputs)
     ]
     lines = []
     for (device, question), own in itertools.groupby(rows, key=lambda row: (row["device_name"], row["question"])):

@@ -21,6 +21,7 @@ from memory_tracker import MemoryTracker
 from run_folder import RunFolder, StepClock, check_writable, describe_environment, now
 from utils import GIB, is_out_of_memory, percentile, run_script
 
+SPIN_CYCLES = 1_000_000  # about half a millisecond
 EXACTNESS = ("bitwise", "within rounding", "changed")
 
 
@@ -117,6 +118,19 @@ def interleaved(
                 torch.cuda.empty_cache()
             costs[name].append(measure(step, device, roots=roots, repeats=repeats, compiled=compiled))
     return costs
+
+
+def gpu_clock_mhz(device: torch.device) -> float:
+    """The clock of a GPU's cores in MHz, to a few percent, from the time of a kernel that counts cycles.
+
+    Call it right after the work whose clock is asked for: a card goes back to its highest clock when it has rested.
+    """
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    torch.cuda._sleep(SPIN_CYCLES)
+    after.record()
+    torch.cuda.synchronize(device)
+    return SPIN_CYCLES / before.elapsed_time(after) / 1000
 
 
 def middle(costs: Sequence[Cost]) -> Cost:

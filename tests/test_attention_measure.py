@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import attention_measure
+import technique_bench
 from attention import DTYPES, packed_attention
 from attention import attention as attend
 from attention_kernels import score_bias
@@ -658,9 +659,9 @@ def test_a_gpu_that_caught_up_with_the_host_gets_a_longer_start(monkeypatch, cau
     timer.device, timer.cuda = CUDA, True
     times, host_ms, mhz = timer.measure(seconds=10.5 * 2 * launch, warm_up_seconds=0.0)
     assert times == {"forward": [0.5] * 10, "backward": [0.5] * 10, "forward_backward": [1.0] * 10}
-    assert host_ms == 2000 * launch and mhz == attention_measure.SPIN_CYCLES / 0.5 / 1000
+    assert host_ms == 2000 * launch and mhz == technique_bench.SPIN_CYCLES / 0.5 / 1000
     starts = [cycles / 2e6 for cycles in sleeps[:-1]]  # milliseconds at 2 GHz
-    assert sleeps[-1] == attention_measure.SPIN_CYCLES and len(starts) == attempts
+    assert sleeps[-1] == technique_bench.SPIN_CYCLES and len(starts) == attempts
     assert starts[0] == pytest.approx(2 * 10 * host_ms, rel=1e-3)  # twice what the host needs
     assert all(later >= 2 * earlier for earlier, later in itertools.pairwise(starts))
     assert len(caught_up) - len(FakeEvent.caught_up) == min(attempts, len(caught_up))

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fp8_benchmark
+import fp8_results
 import llm_fit
 import llm_train
 import precision
@@ -25,7 +27,6 @@ from precision import (
     fp8_unsupported_reason,
 )
 from run_folder import RunFolder
-from technique_bench import Cost
 from transformer_based_llm import TransformerLM, model_config
 from utils import SettingsError, model_flops_utilisation, peak_tflops, run_script
 
@@ -308,7 +309,8 @@ def test_a_compiled_run_on_fp8_units(monkeypatch, tmp_path, capsys, recipe):
 def row(
     width: int, speedup: float, variant: str = "tensorwise", name: str = "square", question: str = "layers"
 ) -> dict:
-    return {"question": question, "name": name, "tokens": 64, "width": width, "variant": variant, "speedup": speedup}
+    facts = {"question": question, "name": name, "tokens": 64, "width": width, "variant": variant}
+    return facts | {"speedup": speedup, "clear": "yes" if speedup > 1 else "no"}
 
 
 @pytest.mark.parametrize(
@@ -322,44 +324,83 @@ def row(
 )
 def test_break_even_width(points, slower_at, faster_from):
     rows = [row(width, speedup) for width, speedup in reversed(points)] + [row(64, 1.0, variant="bf16")]
-    (answer,) = fp8_benchmark.break_even(rows, "layers")
+    (answer,) = fp8_results.break_even(rows, "layers")
     assert (answer["slower_at"], answer["faster_from"]) == (slower_at, faster_from)
 
 
 def test_blocks_of_all_models_make_one_answer():
     rows = [row(768, 0.8, name="gpt2", question="blocks"), row(4096, 1.4, name="llama-8b", question="blocks")]
-    (answer,) = fp8_benchmark.break_even(rows, "blocks")
+    (answer,) = fp8_results.break_even(rows, "blocks")
     assert (answer["slower_at"], answer["faster_from"]) == (768, 4096)
 
 
 def test_a_width_that_failed_is_not_faster():
-    rows = [row(512, 1.2), row(1024, 1.3), row(2048, 1.4) | {"speedup": None}]
-    (answer,) = fp8_benchmark.break_even(rows, "layers")
+    rows = [row(512, 1.2), row(1024, 1.3), row(2048, 1.4) | {"speedup": None, "clear": None}]
+    (answer,) = fp8_results.break_even(rows, "layers")
     assert (answer["slower_at"], answer["faster_from"]) == (2048, None)
 
 
-def test_a_row_stands_against_bf16_of_its_own_width(tmp_path):
-    settings = fp8_benchmark.Settings(output_folder=str(tmp_path))
+def test_a_width_within_the_noise_is_not_faster():
+    (answer,) = fp8_results.break_even([row(512, 1.02) | {"clear": "no"}, row(1024, 1.3)], "layers")
+    assert (answer["slower_at"], answer["faster_from"]) == (512, 1024)
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """A benchmark on a CPU: a recorded step is the step, and the clock is what `clocks` says, the last one for ever."""
+    settings = fp8_benchmark.Settings(output_folder=str(tmp_path), repeats=2)
     run = RunFolder.create(settings.output_folder, "fp8", "x", unique=True)
-    bench = fp8_benchmark.Benchmark(settings, run, torch.device("cpu"), [])
-    for width, variant, ms in [
-        (512, "bf16", 1.0),
-        (512, "tensorwise", 2.0),
-        (1024, "bf16", 4.0),
-        (1024, "rowwise", 2.0),
-    ]:
-        facts = {
-            "question": "layers",
-            "name": "square",
-            "width": width,
-            "tokens": 64,
-            "inputs": width,
-            "outputs": width,
-        }
-        bench.add(Cost("ok", 0.0, 0.1, ms, ms, ms, 1), flop=1e9, variant=variant, **facts)
-    assert [row["speedup"] for row in bench.rows] == [None, 0.5, None, 2.0]
-    with (run.path / "results.csv").open() as file:
-        assert [row["speedup"] for row in csv.DictReader(file)] == ["", "0.5", "", "2.0"]
+    clocks = [2000.0]
+    monkeypatch.setattr(fp8_benchmark, "RecordedStep", lambda step: step)
+    monkeypatch.setattr(fp8_benchmark, "gpu_clock_mhz", lambda _: clocks.pop(0) if len(clocks) > 1 else clocks[0])
+    monkeypatch.setattr(fp8_benchmark, "three_products", lambda tokens, *_: lambda: time.sleep(tokens / 1e6))
+    return fp8_benchmark.Benchmark(settings, run, CPU), clocks
+
+
+def products(bench, *rows: tuple[str, int]) -> list[dict]:
+    for variant, microseconds in rows:
+        bench.products("square", 512, microseconds, 512, 512, variant)
+    with (bench.run.path / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_is_timed_in_turn_with_bf16(bench):
+    bench, _ = bench
+    rows = products(bench, ("bf16", 20_000), ("tensorwise", 10_000), ("rowwise", 40_000), ("bf16", 5_000))
+    assert [row["status"] for row in rows] == ["ok"] * 4 and {row["n"] for row in rows} == {"6"}
+    assert [row["clear"] for row in rows] == ["", "yes", "no", ""] and rows[0]["bf16_ms"] == rows[3]["bf16_ms"] == ""
+    for line, expected in zip(rows[1:3], (2.0, 0.5), strict=True):
+        assert 20 <= float(line["bf16_ms"]) < 30 and float(line["bf16_ms"]) != float(rows[0]["ms"])
+        assert float(line["speedup"]) == pytest.approx(float(line["bf16_ms"]) / float(line["ms"]), abs=1e-4)
+        assert float(line["speedup"]) == pytest.approx(expected, rel=0.25)
+    (last,) = products(bench, ("tensorwise", 10_000))[4:]
+    assert float(last["speedup"]) == pytest.approx(0.5, rel=0.25)  # the bf16 before it is another group's
+
+
+def test_a_card_that_is_held_back_has_no_speedup(bench):
+    bench, clocks = bench
+    clocks[:] = [1980.0, 1000.0, 985.0, 1970.0]
+    rows = products(bench, ("bf16", 2_000), ("tensorwise", 1_000), ("rowwise", 1_000), ("rowwise_with_gw_hp", 1_000))
+    assert [row["status"] for row in rows] == ["ok", "ok", "throttled", "ok"]
+    assert [row["clock_mhz"] for row in rows] == ["1980", "1000", "985", "1970"]
+    assert (rows[2]["speedup"], rows[2]["clear"], rows[2]["tflops"]) == ("", "", "") and float(rows[2]["ms"]) >= 1
+    assert rows[3]["speedup"] != "" and bench.highest_mhz == 1980.0
+    assert fp8_results.break_even(bench.rows, "products")[1]["faster_from"] is None
+
+
+def test_without_a_time_of_bf16_there_is_no_speedup(bench, monkeypatch):
+    bench, _ = bench
+    sound = fp8_benchmark.three_products
+
+    def full(tokens: int, *rest):
+        def step():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return step if rest[-1] == "bf16" else sound(tokens, *rest)
+
+    monkeypatch.setattr(fp8_benchmark, "three_products", full)
+    rows = products(bench, ("bf16", 1_000), ("tensorwise", 1_000))
+    assert [(row["status"], row["speedup"], row["clear"]) for row in rows] == [("oom", "", ""), ("ok", "", "")]
 
 
 @pytest.mark.parametrize("rowwise", [False, True])

@@ -16,6 +16,7 @@ import attention_benchmark
 import case_runner
 import compare_techniques
 import fp8_benchmark
+import fp8_results
 import llm_train
 import patchtst_benchmark
 import patchtst_plan
@@ -630,7 +631,7 @@ def test_what_the_readme_says_about_fp8s_loss():
 
 
 def test_what_the_readme_says_about_the_width_at_which_fp8_pays():
-    rows = fp8_benchmark.read_rows(ROOT / "outputs")
+    rows = fp8_results.read_rows(ROOT / "outputs")
     ms = {(row["question"], row["inputs"], row["outputs"], row["variant"]): float(row["ms"]) for row in rows}
 
     def of(inputs: int, outputs: int) -> tuple[list[float], float, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import fp8_benchmark
+import fp8_results
 import plot_fp8
 import report_fp8
 from utils import SettingsError, run_script
@@ -112,7 +112,7 @@ def rewrite(outputs: Path, name: str, max_steps: int) -> None:
 def make_benchmark(outputs: Path, name: str, lines: list[str], started: str, **more) -> None:
     folder = outputs / "fp8" / name
     folder.mkdir()
-    (folder / "results.csv").write_text("\n".join([",".join(fp8_benchmark.COLUMNS), *lines]) + "\n")
+    (folder / "results.csv").write_text("\n".join([",".join(fp8_results.COLUMNS), *lines]) + "\n")
     info = {"status": "ok", "started_at": started, "device_name": "card", "torch_version": "2"} | more
     (folder / "run.json").write_text(json.dumps(info))
 
@@ -120,21 +120,21 @@ def make_benchmark(outputs: Path, name: str, lines: list[str], started: str, **m
 def test_the_benchmarks_tables(outputs):
     assert report_fp8.break_even_table(outputs).startswith("Not run yet: the break-even widths")
     lines = [
-        "layers,square,1024,64,1024,1024,bf16,ok,1.5,0.5,0.5,5,10,,0.1,1,0.002",
-        "layers,square,1024,64,1024,1024,tensorwise,oom,,,,0,,,,,0.03",
-        "layers,square,2048,64,2048,2048,bf16,ok,1.5,0.5,0.5,5,10,,0.1,1,0.002",
-        "layers,square,2048,64,2048,2048,tensorwise,ok,1,0.5,0.5,5,10,1.5,0.1,1,0.002",
-        "layers,square,512,64,512,512,bf16,ok,9,0.5,0.5,5,10,,0.1,1,0.002",
+        "layers,square,1024,64,1024,1024,bf16,ok,1.5,0.5,0.5,5,10,,,,1980,0.1,1,0.002",
+        "layers,square,1024,64,1024,1024,tensorwise,oom,,,,0,,,,,1980,,,0.03",
+        "layers,square,2048,64,2048,2048,bf16,ok,1.5,0.5,0.5,5,10,,,,1980,0.1,1,0.002",
+        "layers,square,2048,64,2048,2048,tensorwise,ok,1,0.5,0.5,5,10,,1.5,yes,1980,0.1,1,0.002",
+        "layers,square,512,64,512,512,bf16,ok,9,0.5,0.5,5,10,,,,1980,0.1,1,0.002",
     ]
     make_benchmark(outputs, "benchmark", lines, "2026-01-01")
     lines = [
-        "layers,square,512,64,512,512,bf16,ok,0.5,0.5,0.5,5,10,,0.1,1,0.002",
-        "layers,square,512,64,512,512,tensorwise,ok,0.8,0.8,0.8,5,10,0.625,0.2,1,0.03",
+        "layers,square,512,64,512,512,bf16,ok,0.5,0.5,0.5,5,10,,,,1980,0.1,1,0.002",
+        "layers,square,512,64,512,512,tensorwise,ok,0.8,0.8,0.8,5,10,,0.625,no,1980,0.2,1,0.03",
     ]
     make_benchmark(outputs, "mine", lines, "2026-01-02")
-    cut = ["layers,square,2048,64,2048,2048,rowwise,ok,2,0.5,0.5,5,10,0.75,0.1,1,0.002"]
+    cut = ["layers,square,2048,64,2048,2048,rowwise,ok,2,0.5,0.5,5,10,,0.75,no,1980,0.1,1,0.002"]
     make_benchmark(outputs, "cut", cut, "2026-01-03", status="interrupted")
-    other = [line.replace("512", "256").replace("0.625", "1.25") for line in lines]
+    other = [line.replace("512", "256").replace("0.625,no", "1.25,yes") for line in lines]
     make_benchmark(outputs, "old", other, "2025-01-01", device_name="other card")
     rows = cells(report_fp8.widths_table(outputs, "layers", ("ms", "speedup")))
     assert rows == [
@@ -156,15 +156,15 @@ def test_the_benchmarks_tables(outputs):
 
 
 def test_a_line_that_a_kill_cut_off_is_ignored_and_a_damaged_file_is_one_sentence(outputs):
-    line = "layers,square,512,64,512,512,bf16,ok,0.5,0.5,0.5,5,10,,0.1,1,0.002"
+    line = "layers,square,512,64,512,512,bf16,ok,0.5,0.5,0.5,5,10,,,,1980,0.1,1,0.002"
     make_benchmark(outputs, "benchmark", [line, line.replace("512", "768")[:-30]], "2026-01-01")
     path = outputs / "fp8" / "benchmark" / "results.csv"
     path.write_text(path.read_text().rstrip())
-    assert [row["width"] for row in fp8_benchmark.read_rows(outputs)] == ["512"]
+    assert [row["width"] for row in fp8_results.read_rows(outputs)] == ["512"]
     for wrong in (line[:-30], line.replace("512", "wide"), "x"):
-        path.write_text(",".join(fp8_benchmark.COLUMNS) + "\n" + wrong + "\n")
+        path.write_text(",".join(fp8_results.COLUMNS) + "\n" + wrong + "\n")
         with pytest.raises(SettingsError, match="holds a row that fp8_benchmark"):
-            fp8_benchmark.read_rows(outputs)
+            fp8_results.read_rows(outputs)
 
 
 @pytest.mark.parametrize("status", ["running", "oom"])
@@ -183,7 +183,7 @@ def test_a_run_too_short_to_time(tmp_path):
 
 def test_the_figure_has_a_panel_for_each_question_and_gpu(outputs, monkeypatch, capsys):
     layers = [
-        "layers,{0},{1},64,{1},{1},{2},{3},1,1,1,5,10,{4},0.1,1,0.002".format(*row)
+        "layers,{0},{1},64,{1},{1},{2},{3},1,1,1,5,10,,{4},,1980,0.1,1,0.002".format(*row)
         for row in [
             ("square", 512, "bf16", "ok", ""), ("square", 512, "tensorwise", "ok", 0.5),
             ("square", 1024, "bf16", "ok", ""), ("square", 1024, "tensorwise", "ok", 1.5),
@@ -191,7 +191,7 @@ def test_the_figure_has_a_panel_for_each_question_and_gpu(outputs, monkeypatch, 
         ]
     ]  # fmt: skip
     make_benchmark(outputs, "benchmark", layers, "2026-01-01")
-    blocks = ["blocks,gpt2,768,64,,,rowwise,ok,1,1,1,20,10,0.7,0.1,1,0.002"]
+    blocks = ["blocks,gpt2,768,64,,,rowwise,ok,1,1,1,20,10,,0.7,no,1980,0.1,1,0.002"]
     make_benchmark(outputs, "blocks", blocks, "2026-01-02", device_name="other card")
     figure = plot_fp8.speedup_figure(outputs)
     titles = [ax.get_title(loc="left") for ax in figure.axes if ax.axison]
