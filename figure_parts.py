@@ -75,7 +75,8 @@ def short(value: float) -> str:
 def blank_figure(title: str, subtitle: str, height: float = HEIGHT_INCHES) -> Figure:
     """A figure with a title, a wrapped subtitle and no axes yet."""
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout="constrained")
-    glued = subtitle.replace(" ", "\u00a0").replace("\u00a0|\u00a0", " | ")  # so that lines break at a | only
+    parts = subtitle.split(" | ")  # lines break between parts; inside of one only if it fills a line
+    glued = " | ".join(part if len(part) > 130 else part.replace(" ", "\u00a0") for part in parts)
     lines = [*textwrap.wrap(title, 130), *textwrap.wrap(glued, 130, break_on_hyphens=False)]
     lines = [line.strip(" |") for line in lines]
     figure.suptitle("\n".join(lines).replace("\u00a0", " "), fontsize=10.5, x=0.01, ha="left")

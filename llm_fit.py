@@ -97,6 +97,11 @@ class Training:
         return None if peak is None else f"{f'{world} x ' if world > 1 else ''}{peak / world:g} TFLOP/s"
 
     @property
+    def machine(self) -> str:
+        """The devices that the times are of: "2 x NVIDIA H100 80GB HBM3"."""
+        return f"{self.ranks.world_size} x {utils.device_name(self.device)}"
+
+    @property
     def sequences_per_update(self) -> int:
         tokens = self.settings.tokens_per_update
         return self.batch_size if tokens is None else tokens // self.context_length
@@ -264,7 +269,7 @@ class Training:
         return row
 
     def measured(self, log: StepLog) -> dict:
-        """Headline numbers of time and memory: this process's, or an earlier one's that timed more steps."""
+        """Numbers of time and memory: this process's, or an earlier one's that timed more steps on the same devices."""
         headline = log.headline()
         step_ms, rate = headline["step_ms_median"], headline["tokens_per_s"]
         epoch = None if step_ms is None else round(self.steps_per_epoch * step_ms / 60000, 4)
@@ -278,7 +283,7 @@ class Training:
         """Keep the training state in checkpoint/: one file, of a parallel run the shards of all processes."""
         folder = self.run.path / "checkpoint"
         place = {"step": self.step, "seconds": self.seconds, "batch_size": self.batch_size}
-        place |= {"measured": self.measured(log)}
+        place |= {"measured": self.measured(log), "measured_on": self.machine}
         if self.ranks.method is not None:
             save_sharded(folder, self.model, self.optimizer, self.scaler, place, self.ranks)
             return
@@ -306,7 +311,8 @@ class Training:
             raise SettingsError(f"--resume: there is no checkpoint in {folder}; the run ended before one was saved")
         if details is not None:
             self.step, self.seconds, self.batch_size = details["step"], details["seconds"], details["batch_size"]
-            self.measured_before = details["measured"]
+            if details.get("measured_on", self.machine) == self.machine:  # else its times are of other GPUs
+                self.measured_before = details["measured"]
         self.run.drop_rows_after(self.step)
         if self.ranks.method is not None:
             self.run.add_rank_column()

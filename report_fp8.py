@@ -34,19 +34,29 @@ TRAINING = (
 
 
 def runs_of(outputs: Path) -> list[Run]:
-    """The trainings in outputs/fp8, by model, precision and seed."""
+    """The trainings in outputs/fp8, by model, warm-up, GPU, precision and seed."""
     paths = sorted((outputs / "fp8").glob("*/run.json"))
     runs = [read_run(path.parent) for path in paths]
     found = [run for run in runs if "model_size" in run.info and run.info.get("precision") in ORDER]
 
     def place(run: Run) -> tuple:
-        return run.info["model_size"], ORDER.index(run.info["precision"]), precision_words(run), seed_of(run)
+        kind = ORDER.index(run.info["precision"]), precision_words(run)
+        return run.info["model_size"], -warm_up_of(run), run.info["device_name"], *kind, seed_of(run), run.name
 
     return sorted(found, key=place)
 
 
 def seed_of(run: Run) -> int:
     return run.info["settings"]["seed"]
+
+
+def warm_up_of(run: Run) -> int:
+    return run.info["settings"].get("warm_up_steps") or 0
+
+
+def model_words(run: Run) -> str:
+    """The model, and where the learning rate did not rise first, that it did not."""
+    return f"`{run.info['model_size']}`" + ("" if warm_up_of(run) else ", no warm-up")
 
 
 def precision_words(run: Run) -> str:
@@ -69,15 +79,18 @@ def fp8_share(run: Run) -> float | None:
     return 6 * converted / run.info["results"]["flops_per_token"]
 
 
+def facts(run: Run, but: tuple[str, ...] = ()) -> tuple:
+    """What two runs that are compared have in common: model, GPU and settings, without those named."""
+    settings = {name: value for name, value in run.info["settings"].items() if name not in (*MAY_DIFFER, *but)}
+    device = None if "device_name" in but else run.info["device_name"]
+    return run.info["model_size"], device, sorted(settings.items(), key=lambda item: item[0])
+
+
 def baseline_of(run: Run, runs: list[Run]) -> Run | None:
     """The bf16 run that differs in nothing but the precision: the same device, model, seed and all other settings.
 
     It may have more or fewer steps, if there is none that has as many.
     """
-
-    def facts(other: Run) -> tuple:
-        settings = {name: value for name, value in other.info["settings"].items() if name not in MAY_DIFFER}
-        return other.info["model_size"], other.info["device_name"], sorted(settings.items(), key=lambda item: item[0])
 
     own = facts(run)
     found = [o for o in runs if o.info["precision"] == "bf16" and o.info["status"] == "ok" and facts(o) == own]
@@ -93,7 +106,7 @@ def training_table(outputs: Path) -> str:
     lines = []
     for run in runs:
         results = run.info.get("results") or {}
-        words = [f"`{run.info['model_size']}`", plain(precision_words(run)), str(seed_of(run))]
+        words = [run.info["device_name"], model_words(run), plain(precision_words(run)), str(seed_of(run))]
         if run.info["status"] != "ok":
             lines.append([*words, run.info["status"], *["-"] * 9])
             continue
@@ -122,7 +135,15 @@ def training_table(outputs: Path) -> str:
                 last_loss(run),
             ]
         )
-    header = ["model", "precision", "seed", "tokens/s", "step ms (20th-80th percentile)", "times bf16, same seed"]
+    header = [
+        "GPU",
+        "model",
+        "precision",
+        "seed",
+        "tokens/s",
+        "step ms (20th-80th percentile)",
+        "times bf16, same seed",
+    ]
     header += ["FLOPs in FP8", "times bf16 if those took half the time"]
     header += ["MFU of the bf16 peak", "MFU of the fp8 peak", "peak allocated, GiB", "compiled in, s"]
     return markdown([*header, f"loss, mean of {BLOCK_STEPS} steps, at the last"], lines)
@@ -149,22 +170,31 @@ def distances(one: Run, other: Run) -> list[float]:
     return [a - b for a, b in zip(block_means(one), block_means(other), strict=False)]
 
 
+def pair_words(one: Run, other: Run) -> str:
+    """Seeds and GPUs of two runs: "0 and 1, card", "0 and 0, card and other card"."""
+    devices = dict.fromkeys([one.info["device_name"], other.info["device_name"]])
+    return f"{seed_of(one)} and {seed_of(other)}, {' and '.join(devices)}"
+
+
 def parity_table(outputs: Path) -> str:
     """How far FP8's loss lies from bf16's of the same seed, and two seeds of bf16 from each other."""
     runs = [run for run in runs_of(outputs) if run.info["status"] == "ok"]
     lines = []
-    for model, group in itertools.groupby(runs, key=lambda run: run.info["model_size"]):
+    but = ("seed", "device_name")
+    for _, group in itertools.groupby(runs, key=lambda run: (run.info["model_size"], -warm_up_of(run))):
         own = list(group)
         plain_runs = [run for run in own if run.info["precision"] == "bf16"]
         for one, other in itertools.combinations(plain_runs, 2):
-            lines.append([f"`{model}`", "bf16", f"{seed_of(one)} and {seed_of(other)}", distances(one, other)])
+            if facts(one, but) == facts(other, but):
+                lines.append([model_words(one), "bf16", pair_words(one, other), distances(one, other)])
         for run in own:
             base = baseline_of(run, own)
             if run.info["precision"] == "fp8" and base is not None:
-                lines.append([f"`{model}`", plain(precision_words(run)), f"{seed_of(run)}", distances(run, base)])
+                words = [model_words(run), plain(precision_words(run)), f"{seed_of(run)}, {run.info['device_name']}"]
+                lines.append([*words, distances(run, base)])
     if not lines:
         return not_run("a training in FP8 and its bf16 twin", TRAINING)
-    header = ["model", "precision", "seeds", "steps", "largest distance", "mean distance", "last block, signed"]
+    header = ["model", "precision", "seeds, GPU", "steps", "largest distance", "mean distance", "last block, signed"]
     rows = [
         [
             *words,

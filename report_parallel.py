@@ -42,8 +42,17 @@ def one_of(run: Run, runs: list[Run]) -> Run | None:
         settings = {name: value for name, value in other.info["settings"].items() if name not in MAY_DIFFER}
         return other.info["device_name"], other.info["batch_size"] / world_size(other), sorted(settings.items())
 
-    alone = (other for other in runs if other.info.get("parallel") is None and other.info["status"] == "ok")
+    alone = (other for other in runs if other.info.get("parallel") is None and status_of(other) == "ok")
     return next((other for other in alone if facts(other) == facts(run)), None)
+
+
+def status_of(run: Run) -> str:
+    """The run's status; "ok" is one whose time and memory are those of its processes from beginning to end."""
+    if run.info["status"] == "ok" and run.info.get("resumed"):
+        return f"ok, resumed after step {run.info['resumed'][-1]['step']}"
+    if run.info["status"] == "ok" and run.info["results"].get("tokens_per_s") is None:
+        return "too short to time"
+    return run.info["status"]
 
 
 def ratio(results: dict, one: dict) -> float | None:
@@ -59,15 +68,14 @@ def parallel_table(outputs: Path) -> str:
     runs.sort(key=lambda run: (run.info["device_name"], world_size(run), run.info["batch_size"], run.name))
     lines = []
     for run in runs:
+        layers = run.info["settings"].get("num_layers")
         words = [
             f"{world_size(run)} x {run.info['device_name']}",
             run.info.get("parallel") or "one process",
-            f"`{run.info['model_size']}`",
+            f"`{run.info['model_size']}`" + (f", {layers} of its layers" if layers else ""),
             str(run.info["batch_size"]),
         ]
-        status = run.info["status"]
-        if status == "ok" and run.info["results"].get("tokens_per_s") is None:
-            status = "too short to time"
+        status = status_of(run)
         if status != "ok":
             lines.append([*words, status, *["-"] * 7])
             continue

@@ -352,6 +352,7 @@ def bench(monkeypatch, tmp_path):
     run = RunFolder.create(settings.output_folder, "fp8", "x", unique=True)
     clocks = [2000.0]
     monkeypatch.setattr(fp8_benchmark, "RecordedStep", lambda step: step)
+    monkeypatch.setattr(fp8_benchmark, "LOAD_SECONDS", 0.01)
     monkeypatch.setattr(fp8_benchmark, "gpu_clock_mhz", lambda _: clocks.pop(0) if len(clocks) > 1 else clocks[0])
     monkeypatch.setattr(fp8_benchmark, "three_products", lambda tokens, *_: lambda: time.sleep(tokens / 1e6))
     return fp8_benchmark.Benchmark(settings, run, CPU), clocks

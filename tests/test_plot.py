@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import figure_parts
 import plot
 
 # name, precision, batch size, median step time (ms), peak allocated (GiB)
@@ -347,3 +348,13 @@ def test_importing_and_drawing_leaves_the_importing_programs_backend_alone(run_f
     environment = os.environ | {"PYTHONPATH": str(Path(plot.__file__).parent)}
     subprocess.run([sys.executable, "-c", code, str(run_folder)], check=True, env=environment)
     assert_is_figure(run_folder / "loss_curve.png")
+
+
+def test_a_long_part_of_a_subtitle_breaks_between_words():
+    words = [f"word{number}" for number in range(40)]
+    figure = figure_parts.blank_figure("title", f"a short part | {' '.join(words)} | one more")
+    lines = figure.get_suptitle().splitlines()
+    assert " ".join(lines) == f"title a short part | {' '.join(words)} | one more" and max(map(len, lines)) <= 130
+    parts = [f"part {number} of some length" for number in range(12)]
+    lines = figure_parts.blank_figure("title", " | ".join(parts)).get_suptitle().splitlines()[1:]
+    assert [part for line in lines for part in line.split(" | ")] == parts and len(lines) > 1

@@ -571,31 +571,37 @@ def test_the_floors_list_every_script():
     assert listed == {path.name for path in ROOT.glob("*.py")}
 
 
+def fp8_runs() -> dict[str, dict]:
+    infos = {path.parent.name: json.loads(path.read_text()) for path in ROOT.glob("outputs/fp8/llama*/run.json")}
+    infos |= {path.parent.name: json.loads(path.read_text()) for path in ROOT.glob("outputs/fp8/gpt2*/run.json")}
+    return {name: info["results"] for name, info in infos.items() if info["status"] == "ok"}
+
+
+WIDE = "llama-1b-wide-{}-warm-up-seed-{}"
+NARROW = "llama-1b-{}-warm-up-seed-0"
+
+
 def test_what_the_readme_says_about_fp8():
-    results = {
-        path.parent.name: json.loads(path.read_text()).get("results") for path in ROOT.glob("outputs/fp8/*/run.json")
-    }
-    narrow, wide = results["llama-1b-bf16-seed-0"], results["llama-1b-wide-bf16-warm-up-seed-0"]
+    results = fp8_runs()
+    narrow, wide = results[NARROW.format("bf16")], results[WIDE.format("bf16", 0)]
     assert f"{100 * narrow['mfu']:.1f} % (`llama-1b`) and {100 * wide['mfu']:.1f} % (`llama-1b-wide`)" in README
     assert min(narrow["mfu"], wide["mfu"]) >= 0.5
-    folder = ROOT / "outputs/fp8/llama-1b-fp8-tensorwise-head-seed-0"
-    median = statistics.median(
-        json.loads(line)["step_ms"] for line in (folder / "steps.jsonl").read_text().splitlines()[6:286]
-    )
-    cut_off = [results[f"llama-1b-bf16-seed-{seed}"]["step_ms_median"] / median for seed in (1, 0)]
-    fp8 = json.loads((folder / "run.json").read_text())["fp8"]["converted"]
-    share = 6 * sum(row["inputs"] * row["outputs"] * row["count"] for row in fp8) / narrow["flops_per_token"]
-    words = "median step of {:.1f} ms it is {:.2f} to {:.2f} times as fast as bf16, where {:.2f} would be the most"
-    assert words.format(median, *cut_off, 1 / (1 - share / 2)) in README
-    rates = {name: own["tokens_per_s"] for name, own in results.items() if own and "tokens_per_s" in own}
-    gains = [rates["llama-1b-fp8-tensorwise-seed-0"] / rates[f"llama-1b-bf16-seed-{seed}"] for seed in (1, 0)]
-    wide_name = "llama-1b-wide-{}-warm-up-seed-{}"
-    wides = [rates[wide_name.format("fp8-tensorwise", s)] / rates[wide_name.format("bf16", s)] for s in (1, 0)]
-    assert (
-        "they are {:.2f} to {:.2f} (".format(*gains) in README
-        and "and {:.2f} to {:.2f} times.".format(*wides) in README
-    )
-    rowwise = rates["llama-1b-wide-fp8-rowwise-60-steps"] / rates[wide_name.format("bf16", 0)]
+    rates = {name: own["tokens_per_s"] for name, own in results.items()}
+    other = rates[WIDE.format("bf16", "0-repeat")] / rates[WIDE.format("bf16", 0)]
+    assert f"have made differs by {100 * (other - 1):.1f} % in speed" in README
+    gain = rates[NARROW.format("fp8-tensorwise")] / rates[NARROW.format("bf16")]
+    wides = [rates[WIDE.format("fp8-tensorwise", s)] / rates[WIDE.format("bf16", s)] for s in (1, 0)]
+    assert "they are {:.2f} and {:.2f} to {:.2f} times.".format(gain, *wides) in README
+    runs = {run.name: run for run in report_fp8.runs_of(ROOT / "outputs")}
+    shares = [
+        report_fp8.fp8_share(runs[name])
+        for name in (NARROW.format("fp8-tensorwise"), WIDE.format("fp8-tensorwise", 0), "gpt2-fp8-tensorwise")
+    ]
+    words = "with it {:.1f} % of the FLOPs of `llama-1b` and {:.1f} % of `llama-1b-wide`"
+    assert words.format(*(100 * share for share in shares)) in README
+    assert "would be {:.2f} and {:.2f} times as fast".format(*(1 / (1 - share / 2) for share in shares)) in README
+    assert f"`gpt2` has {100 * shares[2]:.1f} % of its FLOPs in FP8" in README
+    rowwise = rates[WIDE.format("fp8-rowwise", 0)] / rates[WIDE.format("bf16", "0-repeat")]
     assert f"brings {rowwise:.2f} where `tensorwise` brings {wides[1]:.2f}" in README
     gpt2 = [rates[f"gpt2-fp8-tensorwise{which}"] / rates["gpt2-bf16"] for which in ("", "-large")]
     assert f"is {gpt2[0]:.2f} times as fast" in README and f"makes it {gpt2[1]:.2f}." in README
@@ -605,33 +611,57 @@ def test_what_the_readme_says_about_fp8():
 
     words = "{:.1f} instead of {:.1f} GiB for `llama-1b`, {:.1f} instead of {:.1f} for `llama-1b-wide`, "
     words += "{:.1f} instead of {:.1f} for `gpt2`, and not at all with `rowwise` ({:.1f})"
-    names = ["llama-1b-fp8-tensorwise-seed-0", "llama-1b-bf16-seed-0"]
-    names += [wide_name.format("fp8-tensorwise", 0), wide_name.format("bf16", 0)]
-    names += ["gpt2-fp8-tensorwise", "gpt2-bf16", "llama-1b-wide-fp8-rowwise-60-steps"]
+    names = [NARROW.format("fp8-tensorwise"), NARROW.format("bf16")]
+    names += [WIDE.format("fp8-tensorwise", 0), WIDE.format("bf16", 0)]
+    names += ["gpt2-fp8-tensorwise", "gpt2-bf16", WIDE.format("fp8-rowwise", 0)]
     assert words.format(*peaks(*names)) in README
 
 
 def test_what_the_readme_says_about_fp8s_loss():
     runs = {run.name: run for run in report_fp8.runs_of(ROOT / "outputs")}
-    name = "llama-1b-wide-{}-warm-up-seed-{}"
 
     def found(one: str, other: str) -> tuple[float, float, list[float]]:
-        values = [abs(value) for value in report_fp8.distances(runs[one], runs[other])]
-        return statistics.fmean(values), max(values), values
+        signed = report_fp8.distances(runs[one], runs[other])
+        return statistics.fmean(map(abs, signed)), max(map(abs, signed)), signed
 
-    seeds = found(name.format("bf16", 0), name.format("bf16", 1))
-    fp8 = [found(name.format("fp8-tensorwise", seed), name.format("bf16", seed)) for seed in (0, 1)]
-    assert f"on the mean ({fp8[0][0]:.3f} and {fp8[1][0]:.3f} against {seeds[0]:.3f})" in README
-    assert f"at its largest ({fp8[0][1]:.3f} and {fp8[1][1]:.3f} against {seeds[1]:.3f}, all within" in README
-    assert all(values.index(largest) < 2 for _, largest, values in (*fp8, seeds))
-    last = [values[-1] for *_, values in (*fp8, seeds)]
-    assert "level ({:.3f} and {:.3f} against {:.3f})".format(*last) in README
-    rowwise = report_fp8.distances(runs["llama-1b-wide-fp8-rowwise-60-steps"], runs[name.format("bf16", 0)])
-    assert len(rowwise) == 2 and max(rowwise) < -seeds[1]  # below bf16, further than a seed
+    seeds = found(WIDE.format("bf16", 0), WIDE.format("bf16", 1))
+    again = found(WIDE.format("bf16", "0-repeat"), WIDE.format("bf16", 0))
+    fp8 = [found(WIDE.format("fp8-tensorwise", seed), WIDE.format("bf16", seed)) for seed in (0, 1)]
+    words = "lies {:.3f} from itself when it is run again, FP8 {:.3f} and {:.3f} from bf16, another seed {:.3f}, on"
+    assert words.format(again[0], fp8[0][0], fp8[1][0], seeds[0]) in README
+    assert again[0] < min(fp8[0][0], fp8[1][0]) and max(fp8[0][0], fp8[1][0]) < seeds[0]
+    assert f"FP8 ({fp8[0][1]:.3f} and {fp8[1][1]:.3f}) and the seeds ({seeds[1]:.3f}) part within" in README
+    assert all([*map(abs, signed)].index(largest) < 2 for _, largest, signed in (*fp8, seeds))
+    last = [signed[-1] for *_, signed in (*fp8, seeds)]
+    assert "level ({:.3f} and {:.3f} against {:.3f})".format(*map(abs, last)) in README and last[0] * last[1] < 0
+
+    one, other = (runs[NARROW.format(kind)] for kind in ("fp8-tensorwise", "bf16"))
+    losses = [row["loss"] for row in one.steps]
+    assert f"rises from {losses[96]:.1f} to {losses[103]:.1f} within seven updates" in README
+    assert max(row["loss"] for row in other.steps[96:104]) < 7.2
+    *_, signed = found(one.name, other.name)
+    assert max(signed[:4]) < 0 and f"after 300 updates it is still {signed[-1]:.2f} above" in README
+    cold = [found(f"llama-1b-{kind}-seed-{seed}", "llama-1b-bf16-seed-0")[0] for kind, seed in (
+        ("fp8-tensorwise", 0), ("fp8-tensorwise-head", 0), ("bf16", 1),
+    )]  # fmt: skip
+    words = "({:.3f}, and {:.3f} with the head in FP8) while two seeds of bf16 lay {:.3f} apart"
+    assert words.format(*cold) in README
+
+    base = runs[WIDE.format("bf16", "0-repeat")]
+    mean, _, signed = found(WIDE.format("fp8-rowwise", 0), base.name)
+    assert f"is below bf16 by {mean:.2f} on the mean" in README and f"by {-signed[-1]:.2f} at the end" in README
+    assert max(signed) < 0 and 2 < mean / seeds[0] < 2.2
+    late = {name: max(row["loss"] for row in runs[name].steps[20:50]) for name in (base.name, one.name)}
+    assert f"goes up to {late[base.name]:.1f} again" in README
+    assert max(row["loss"] for row in runs[WIDE.format("fp8-rowwise", 0)].steps[20:50]) < 8.3
 
 
 def test_what_the_readme_says_about_the_width_at_which_fp8_pays():
     rows = fp8_results.read_rows(ROOT / "outputs")
+    assert {(row["device_name"], row["status"]) for row in rows} == {("NVIDIA H200", "ok")}
+    assert {row["n"] for row in rows} == {str(3 * fp8_benchmark.Settings().repeats)} == {"30"}
+    clocks = [int(row["clock_mhz"]) for row in rows]
+    assert f"from {min(clocks):,} to {max(clocks):,} MHz" in README
     ms = {(row["question"], row["inputs"], row["outputs"], row["variant"]): float(row["ms"]) for row in rows}
 
     def of(inputs: int, outputs: int) -> tuple[list[float], float, float]:
@@ -646,29 +676,49 @@ def test_what_the_readme_says_about_the_width_at_which_fp8_pays():
     assert f"{casts:.2f} ms by subtraction" in README and casts > saved
     _, saved, casts = of(4096, 16384)
     assert f"the products gain {saved:.1f} ms, and the casts take {casts:.1f} of them" in README
-    times, *_ = of(3072, 768)
-    assert f"the first of them {times[0]:.3f} and {times[2]:.3f} ms" in README
-    odd = [key for key in ms if key[0] == "products" and key[3] == "bf16" and ms[key] > ms["layers", *key[1:]]]
-    assert len(odd) == 3 and all(int(inputs) == 4 * int(outputs) for _, inputs, outputs, _ in odd)
-    kept = {(row["name"], row["variant"]): float(row["kept_gib"]) for row in rows if row["question"] == "blocks"}
+    alone = [ms[key] / ms["layers", *key[1:]] for key in ms if key[0] == "products" and key[3] == "bf16"]
+    assert sum(share > 1 for share in alone) == 5 and f"by up to {100 * (max(alone) - 1):.1f} %" in README
+    blocks = {(row["name"], row["variant"]): row for row in rows if row["question"] == "blocks"}
+    kept = {key: float(row["kept_gib"]) for key, row in blocks.items()}
     words = "leaves {:.3f} instead of {:.3f} GiB for its backward pass, but {:.3f} in the recipe"
     assert words.format(*(kept["gpt2", name] for name in ("tensorwise", "bf16", "rowwise_with_gw_hp"))) in README
 
+    def gain(name: str, variant: str = "tensorwise") -> float:
+        return 100 * (float(blocks[name, variant]["speedup"]) - 1)
 
-def test_what_the_readme_says_about_two_gpus():
-    runs = {
-        name: json.loads((ROOT / f"outputs/parallel/wide-{name}/run.json").read_text())
-        for name in ("one", "ddp", "fsdp")
-    }
-    rates = {name: run["results"]["tokens_per_s"] for name, run in runs.items()}
-    words = "DDP trains {:.2f} times as many tokens a second as one GPU, FSDP {:.2f} times** ({:.1f} % less than DDP)"
-    less = 100 * (1 - rates["fsdp"] / rates["ddp"])
-    assert words.format(rates["ddp"] / rates["one"], rates["fsdp"] / rates["one"], less) in README
-    read = {name: read_run(ROOT / f"outputs/parallel/wide-{name}") for name in ("ddp", "fsdp")}
-    first = [abs(one["loss"] - other["loss"]) for one, other in zip(*(run.steps for run in read.values()), strict=True)]
+    assert (
+        f"{gain('llama-1b'):.0f} % in the median at 2,048" in README and f"{gain('llama-8b'):.0f} % at 4,096" in README
+    )
+    assert [blocks[name, "tensorwise"]["clear"] for name in ("llama-1b", "llama-8b")] == ["no", "yes"]
+    assert f"is level at 2,048 and has {gain('llama-8b', 'rowwise'):.0f} % at 4,096" in README
+    assert max(abs(gain("gpt2-xl")), abs(gain("llama-1b", "rowwise"))) < 1.5 and gain("gpt2-large") < 0
+    others = [(n, v) for n, v in blocks if v.startswith("rowwise") and gain(n, v) > gain(n)]
+    assert others == [("gpt2-medium", "rowwise_with_gw_hp")]
+
+
+def test_what_the_readme_says_about_several_gpus():
+    names = ("one-gpu", "ddp-2", "fsdp-2", "ddp-4", "fsdp-4")
+    runs = {name: read_run(ROOT / f"outputs/parallel/wide-{name}") for name in names}
+    rates = {name: run.info["results"]["tokens_per_s"] for name, run in runs.items()}
+    times = {name: rate / rates["one-gpu"] for name, rate in rates.items()}
+    words = "DDP trains {:.2f} times as many tokens a second as one, FSDP {:.2f} times** ({:.1f} % less than DDP)"
+    less = 100 * (1 - rates["fsdp-2"] / rates["ddp-2"])
+    assert words.format(times["ddp-2"], times["fsdp-2"], less) in README
+    assert f"On four it is {times['ddp-4']:.2f} and {times['fsdp-4']:.2f} times**" in README
+
+    def losses(name: str) -> list[float]:
+        return [row["loss"] for row in read_run(ROOT / "outputs/parallel" / name).steps]
+
+    def held(name: str) -> float:
+        return max(row["start_allocated_gib"] for row in runs[name].memory if row["phase"] == "forward_pass")
+
+    first = [abs(a - b) for a, b in zip(losses("wide-ddp-2"), losses("wide-fsdp-2"), strict=True)]
     assert max(first[:7]) < 0.001 < max(first[:8]) and max(first) > 1
-    held = [
-        max(row["start_allocated_gib"] for row in run.memory if row["phase"] == "forward_pass") for run in read.values()
-    ]
-    formula = [report_parallel.formula_gib(run) for run in read.values()]
-    assert f"holds {held[0] - held[1]:.1f} GiB less**, where the formula says {formula[0] - formula[1]:.1f}" in README
+    formula = report_parallel.formula_gib(runs["ddp-2"]) - report_parallel.formula_gib(runs["fsdp-2"])
+    words = f"holds {held('ddp-2') - held('fsdp-2'):.1f} GiB less**, where the formula says {formula:.1f}"
+    assert words in README
+    assert f"FSDP holds {held('fsdp-4'):.2f} GiB a GPU instead of DDP's {held('ddp-4'):.1f}" in README
+    inside, outside = losses("in-backward"), losses("resumed")
+    assert len(inside) == 8 and max(abs(a - b) for a, b in zip(inside, outside, strict=False)) < 0.0001
+    (resumed,) = json.loads((ROOT / "outputs/parallel/resumed/run.json").read_text())["resumed"]
+    assert resumed["step"] == 12 and len(outside) == 18

@@ -51,13 +51,14 @@ def cells(table: str) -> list[list[str]]:
 
 def test_training_rows(outputs):
     rows = cells(report_fp8.training_table(outputs))
-    assert [row[1:3] for row in rows] == [
+    assert {tuple(row[:2]) for row in rows} == {("card", "`llama-1b`, no warm-up")}
+    assert [row[2:4] for row in rows] == [
         ["bf16", "0"], ["bf16", "1"], ["fp8 rowwise, head too", "1"], ["fp8 tensorwise", "0"],
     ]  # fmt: skip
-    assert rows[2][3] == "oom" and set(rows[2][4:]) == {"-"}
+    assert rows[2][4] == "oom" and set(rows[2][5:]) == {"-"}
     # 6 x 10 x 20 x 3 = 3600 of 4500 FLOPs in FP8: if they took half the time, 1 / (0.2 + 0.4).
-    assert rows[3][3:10] == ["1,300", "50.0 (49.0-51.0)", "1.300", "80.0 %", "1.67", "60.0 %", "30.0 %"]
-    assert rows[0][5:8] == ["-"] * 3 and rows[0][8:10] == ["50.0 %", "-"] and rows[0][-1] == "5.000 at 60"
+    assert rows[3][4:11] == ["1,300", "50.0 (49.0-51.0)", "1.300", "80.0 %", "1.67", "60.0 %", "30.0 %"]
+    assert rows[0][6:9] == ["-"] * 3 and rows[0][9:11] == ["50.0 %", "-"] and rows[0][-1] == "5.000 at 60"
     assert len({len(row) for row in rows}) == 1
 
 
@@ -65,15 +66,31 @@ def test_an_emulated_run_has_no_speed(tmp_path):
     make_run(tmp_path, "a", losses=5.0)
     make_run(tmp_path, "b", fp8=FP8 | {"emulated": True}, losses=5.2, tokens_per_s=3.0)
     row = cells(report_fp8.training_table(tmp_path))[1]
-    assert row[1] == "fp8 tensorwise, emulated" and set(row[3:-1]) == {"-"} and row[-1] == "5.200 at 60"
+    assert row[2] == "fp8 tensorwise, emulated" and set(row[4:-1]) == {"-"} and row[-1] == "5.200 at 60"
 
 
 def test_parity_rows(outputs):
     rows = cells(report_fp8.parity_table(outputs))
     assert rows == [
-        ["`llama-1b`", "bf16", "0 and 1", "50", "0.400", "0.400", "-0.400"],
-        ["`llama-1b`", "fp8 tensorwise", "0", "50", "0.100", "0.100", "+0.100"],
+        ["`llama-1b`, no warm-up", "bf16", "0 and 1, card", "50", "0.400", "0.400", "-0.400"],
+        ["`llama-1b`, no warm-up", "fp8 tensorwise", "0, card", "50", "0.100", "0.100", "+0.100"],
     ]
+
+
+def test_losses_of_a_run_repeated_and_of_another_warm_up(outputs):
+    make_run(outputs, "repeat", losses=5.02)
+    make_run(outputs, "warm", losses=4.0)
+    for name, change in (("repeat", {"device_name": "other card"}), ("warm", {"warm_up_steps": 50})):
+        path = outputs / "fp8" / name / "run.json"
+        info = json.loads(path.read_text())
+        info["settings"] |= {key: value for key, value in change.items() if key == "warm_up_steps"}
+        path.write_text(json.dumps(info | {key: value for key, value in change.items() if key == "device_name"}))
+    rows = cells(report_fp8.parity_table(outputs))
+    assert [row[2] for row in rows if row[1] == "bf16"] == [
+        "0 and 1, card", "0 and 0, card and other card", "1 and 0, card and other card",
+    ]  # fmt: skip
+    assert {row[0] for row in rows} == {"`llama-1b`, no warm-up"}  # the run with a warm-up has no twin
+    assert report_fp8.model_words(report_fp8.runs_of(outputs)[0]) == "`llama-1b`"
 
 
 def test_another_batch_or_card_is_no_baseline(outputs):
@@ -85,7 +102,8 @@ def test_another_batch_or_card_is_no_baseline(outputs):
         for key, value in change.items():
             info[key] = info[key] | value if isinstance(value, dict) else value
         path.write_text(json.dumps(info))
-        assert cells(report_fp8.training_table(outputs))[3][5] == "-"
+        (row,) = (row for row in cells(report_fp8.training_table(outputs)) if row[2] == "fp8 tensorwise")
+        assert row[6] == "-"
         path.write_text(before)
 
 
@@ -172,13 +190,13 @@ def test_a_baseline_without_results_is_none(tmp_path, status):
     make_run(tmp_path, "bf16", status=status)
     make_run(tmp_path, "fp8", fp8=FP8)
     rows = cells(report_fp8.training_table(tmp_path))
-    assert [row[5] for row in rows] == ["-", "-"]
+    assert [row[6] for row in rows] == ["-", "-"]
 
 
 def test_a_run_too_short_to_time(tmp_path):
     make_run(tmp_path, "fp8", fp8=FP8, tokens_per_s=None)
     (row,) = cells(report_fp8.training_table(tmp_path))
-    assert row[3] == "too short to time" and row[-1] == "5.000 at 60"
+    assert row[4] == "too short to time" and row[-1] == "5.000 at 60"
 
 
 def test_the_figure_has_a_panel_for_each_question_and_gpu(outputs, monkeypatch, capsys):
@@ -199,7 +217,9 @@ def test_the_figure_has_a_panel_for_each_question_and_gpu(outputs, monkeypatch, 
     lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
     assert [[512, 0.5], [1024, 1.5]] in lines and [[512, 0.06]] in lines  # the cross of what did not fit
     assert [text.get_text() for text in figure.axes[0].texts] == ["tensorwise: oom"]
-    assert "n = 5 to 20 replays" in figure.get_suptitle()
+    hollow = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_markerfacecolor() == "white"]
+    assert hollow == [[[1024, 1.5]]]  # not clear
+    assert "in turn with bf16, n = 5 to 20:" in figure.get_suptitle()
     monkeypatch.setattr(sys, "argv", ["plot_fp8.py", f"--output_folder={outputs}"])
     assert plot_fp8.main() == 0
     path = Path(capsys.readouterr().out.strip())

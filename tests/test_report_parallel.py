@@ -43,5 +43,16 @@ def test_rows(tmp_path):
     assert len({len(row) for row in rows}) == 1
 
 
+def test_a_resumed_run_and_one_of_fewer_layers_say_so(tmp_path):
+    make_run(tmp_path, "one", 1000.0, batch=4, resumed=[{"step": 12}])  # partly of two processes
+    make_run(tmp_path, "two", 1900.0, batch=8, parallel="ddp", world_size=2)
+    path = tmp_path / "parallel" / "two" / "run.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(info | {"settings": info["settings"] | {"num_layers": 1}}))
+    one, two = cells(report_parallel.parallel_table(tmp_path))
+    assert one[4:] == ["ok, resumed after step 12", *["-"] * 7]
+    assert two[2] == "`tiny`, 1 of its layers" and two[7] == "-"
+
+
 def test_nothing_run(tmp_path):
     assert report_parallel.parallel_table(tmp_path).startswith("Not run yet: a training in several processes")

@@ -241,6 +241,15 @@ def test_the_folder_says_who_went_on(runs):
     assert ranks == {"0", "1"}
 
 
+def test_times_and_memory_of_another_number_of_processes_do_not_count(runs):
+    first = {name: runs[name].info["results"]["first_step_ms"] for name in ("one-to-two", "two-to-one", "two-to-two")}
+    begun = {name: runs[name].steps[step]["step_ms"] for name, step in (("one-to-two", 6), ("two-to-one", 6))}
+    begun["two-to-two"] = runs["two-to-two"].steps[0]["step_ms"]  # as many timed steps before as after
+    assert first == pytest.approx(begun, abs=0.01)
+    assert len(runs["one-to-two"].info["results"]["peak_allocated_gib_by_rank"]) == 2
+    assert "peak_allocated_gib_by_rank" not in runs["two-to-one"].info["results"]
+
+
 def test_a_checkpoint_of_one_kind_replaces_the_other(runs):
     assert [path.name for path in (runs["one-to-two"].path / "checkpoint").iterdir()] == ["step-12"]
     assert [path.name for path in (runs["two-to-one"].path / "checkpoint").iterdir()] == [SINGLE]
