@@ -17,9 +17,12 @@ decides otherwise (`kept_gib`).
 
 What a layer or block computes is compared with fp32 before it is timed. Times are of CUDA graphs: a layer alone runs
 for less time than its launches take, which in a compiled model lie hidden behind its neighbours. Every recipe is timed
-in turn with bf16, because a card under load changes its clock; the clock after the last round stands in each row, and a
-row below half of the highest one is `throttled` and has no speedup: a card held back by heat multiplies slowly while
-its memory, and so the casts, stay as fast as ever. Without a GPU of compute capability 8.9 there is nothing to measure.
+in turn with bf16, because a card under load changes its clock. The median of the clocks read right after the rounds
+stands in each row, a hint at what the card did meanwhile; a row below half of the highest clock is `throttled` and has
+no speedup: a card held back by heat multiplies slowly while its memory, and so the casts, stay as fast as ever. Weights
+are fp32 under autocast, and so is what a block adds up. Without a GPU of compute capability 8.9 there is nothing to
+measure.
+
 Sources: torchao.float8 and its tables for H100
 (https://docs.pytorch.org/ao/stable/workflows/training.html); Micikevicius et al. 2022, arXiv 2209.05433.
 """
@@ -37,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cuda_graphs import RecordedStep
-from fp8_results import COLUMNS, QUESTIONS, SHAPES, break_even
+from fp8_results import COLUMNS, QUESTIONS, SHAPES, break_even, in_words
 from precision import FP8_MULTIPLE, FP8_RECIPES, autocast, convert_to_fp8, fp8_unsupported_reason, set_precision
 from run_folder import RunFolder, describe_environment, now
 from technique_bench import Cost, clearly_faster, gpu_clock_mhz, interleaved, measure, middle, relative_error
@@ -48,6 +51,7 @@ from utils import (
     is_out_of_memory,
     parse_settings,
     peak_tflops,
+    percentile,
     read_names,
     read_rising,
     run_script,
@@ -244,9 +248,16 @@ class Benchmark:
         steps = {"own": (RecordedStep(step), ())}
         if self.base is not None:
             steps = {"bf16": (self.base, ()), **steps}
-        self.load([step for step, _ in steps.values()])
-        rounds = interleaved(steps, self.device, rounds=ROUNDS, repeats=self.settings.repeats, compiled=True)
-        clock = self.clock()
+        if not self.load([step for step, _ in steps.values()]):
+            return Cost("oom"), {}
+        rounds: dict[str, list[Cost]] = {name: [] for name in steps}
+        clocks = []
+        for _ in range(ROUNDS):
+            found = interleaved(steps, self.device, rounds=1, repeats=self.settings.repeats, compiled=True)
+            clocks.append(self.clock())
+            for name, costs in found.items():
+                rounds[name] += costs
+        clock = percentile(clocks, 50)
         cost, seen = middle(rounds["own"]), {"clock_mhz": round(clock)}
         if cost.status != "ok":
             return cost, seen
@@ -261,14 +272,21 @@ class Benchmark:
         n = sum(one.n for one in rounds["own"])
         return replace(cost, n=n, start_gib=launched.start_gib, peak_gib=launched.peak_gib), seen
 
-    def load(self, steps: list[Callable[[], torch.Tensor]]) -> None:
-        """Run the steps in turn for LOAD_SECONDS; the first call records."""
+    def load(self, steps: list[Callable[[], torch.Tensor]]) -> bool:
+        """Run the steps in turn for LOAD_SECONDS, at least once, which records them; whether the memory sufficed."""
         begin = time.perf_counter()
-        while time.perf_counter() - begin < LOAD_SECONDS:
-            for step in steps:
-                step()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+        try:
+            while True:
+                for step in steps:
+                    step()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                if time.perf_counter() - begin >= LOAD_SECONDS:
+                    return True
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+        return False
 
     def clock(self) -> float:
         """The GPU's clock in MHz now; remembers the highest one."""
@@ -277,7 +295,14 @@ class Benchmark:
         return clock
 
     def products(self, name: str, width: int, tokens: int, inputs: int, outputs: int, variant: str) -> None:
-        cost, seen = self.measure(three_products(tokens, inputs, outputs, variant), variant)
+        try:
+            step = three_products(tokens, inputs, outputs, variant)
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+            step = None
+        self.base = None if variant == "bf16" else self.base
+        cost, seen = (Cost("oom"), {}) if step is None else self.measure(step, variant)
         facts = {"name": name, "width": width, "tokens": tokens, "inputs": inputs, "outputs": outputs}
         self.add(cost, question="products", flop=6 * tokens * inputs * outputs, variant=variant, **facts, **seen)
 
@@ -309,10 +334,11 @@ class Benchmark:
             error = relative_error(found, exact)
             del found
             same = error < LARGEST_ERROR  # what computes another function gets no time
-            (cost, timed), kept = (self.measure(step, variant), step.kept_gib()) if same else ((Cost("error"), {}), 0.0)
+            cost, timed = self.measure(step, variant) if same else (Cost("error"), {})
+            kept = step.kept_gib() if cost.status in ("ok", "throttled") else None
             if cost.peak_gib is not None:
                 cost = replace(cost, peak_gib=round(cost.peak_gib - others / GIB, 5))
-            seen = {"kept_gib": round(kept, 5) if same else None, "error": float(f"{error:.3g}")}
+            seen = {"kept_gib": None if kept is None else round(kept, 5), "error": float(f"{error:.3g}")}
             self.add(cost, question=question, flop=flop, variant=variant, **facts, **seen, **timed)
 
 
@@ -368,6 +394,7 @@ def main() -> int:
         peak_tflops={kind: peak_tflops(torch.cuda.get_device_name(device), kind) for kind in ("bf16", "fp8")},
     )
     bench = Benchmark(settings, run, device)
+    bench.highest_mhz = getattr(torch.cuda.get_device_properties(device), "clock_rate", 0) / 1000  # given in kHz
     for _ in range(200):  # some tenth of a second, in which an idle card reaches its highest clock
         bench.clock()
     shapes = [
@@ -402,13 +429,13 @@ def main() -> int:
         raise
     answers = [answer for question in questions for answer in break_even(bench.rows, question)]
     for answer in answers:
-        lost, won = answer["slower_at"], answer["faster_from"]
-        words = "never faster" if won is None else f"faster from width {won}" + (f", not at {lost}" if lost else "")
-        print(f"{answer['question']} {answer['name']}, {answer['tokens']} tokens, {answer['recipe']}: {words}")
+        print(
+            f"{answer['question']} {answer['name']}, {answer['tokens']} tokens, {answer['recipe']}: {in_words(answer)}"
+        )
     slow = sum(row["status"] == "throttled" for row in bench.rows)
     if slow:
         print(
-            f"{slow} rows are throttled: after them the card's clock was below {THROTTLED:.0%} of the "
+            f"{slow} rows are throttled: after their rounds the card's clock was below {THROTTLED:.0%} of the "
             f"{bench.highest_mhz:.0f} MHz that it can reach, held back by its limit of power or heat"
         )
     results = {"rows": len(bench.rows), "throttled": slow, "highest_clock_mhz": round(bench.highest_mhz)}

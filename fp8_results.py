@@ -11,7 +11,10 @@ from utils import SettingsError
 
 QUESTIONS = ("products", "layers", "blocks")
 SHAPES = (("square", 1, 1), ("expand", 1, 4), ("contract", 4, 1))  # name, inputs and outputs in widths
-SHAPE_WORDS = {"square": "d to d", "expand": "d to 4 d", "contract": "4 d to d"}
+SHAPE_WORDS = {
+    "square": "d to d", "expand": "d to 4 d", "contract": "4 d to d",
+    "gpt2": "block of GPT-2", "llama": "block of Llama",
+}  # fmt: skip
 FACTS = ("device_name", "question", "name", "width", "tokens")  # of rows that are compared
 COLUMNS = (
     "question", "name", "width", "tokens", "inputs", "outputs", "variant", "status", "ms", "ms_p20", "ms_p80", "n",
@@ -20,21 +23,22 @@ COLUMNS = (
 
 
 def break_even(rows: Iterable[dict[str, Any]], question: str) -> list[dict[str, Any]]:
-    """For each name, number of tokens and recipe: from which width on FP8 was faster at every width measured.
+    """For each shape or family of models, number of tokens and recipe: from which width on FP8 was faster.
 
     Faster is a row whose `clear` is "yes": each round took less time than each of bf16's. `slower_at` is the largest
-    width at which it was not, `faster_from` the next one; null where there is none.
+    width at which it was not, `faster_from` the next one measured; null where there is none. Rows without a comparison
+    (out of memory, throttled, no bf16) count for neither and stand in `not_measured`.
     """
-    groups: dict[tuple, list[tuple[int, bool]]] = {}
+    groups: dict[tuple, list[tuple[int, str | None]]] = {}
     for row in rows:
         if row["question"] == question and row["variant"] in FP8_RECIPES:
-            name = row["name"] if question != "blocks" else "block"
-            groups.setdefault((name, row["tokens"], row["variant"]), []).append((row["width"], row["clear"] == "yes"))
+            group = groups.setdefault((family(row), row["tokens"], row["variant"]), [])
+            group.append((row["width"], row["clear"] or None))
     answers = []
     for (name, tokens, recipe), points in groups.items():
-        points.sort()
-        lost = [width for width, faster in points if not faster]
-        won = [width for width, _ in points if not lost or width > lost[-1]]
+        points.sort(key=lambda point: point[0])
+        lost = [width for width, clear in points if clear == "no"]
+        won = [width for width, clear in points if clear == "yes" and (not lost or width > lost[-1])]
         answers.append(
             {
                 "question": question,
@@ -43,9 +47,26 @@ def break_even(rows: Iterable[dict[str, Any]], question: str) -> list[dict[str, 
                 "recipe": recipe,
                 "slower_at": lost[-1] if lost else None,
                 "faster_from": won[0] if won else None,
+                "not_measured": [width for width, clear in points if clear is None],
             }
         )
     return answers
+
+
+def family(row: dict[str, Any]) -> str:
+    """The shape of a layer ("square"), or the family of models whose block it is ("llama")."""
+    return row["name"].split("-")[0]
+
+
+def in_words(answer: dict[str, Any]) -> str:
+    """An answer of break_even: "2,048 (not yet at 1,024)", "not up to 4,096"."""
+    lost, won = answer["slower_at"], answer["faster_from"]
+    if won is not None:
+        words = f"{won:,}" + (f" (not yet at {lost:,})" if lost else ", the smallest")
+    else:
+        words = "-" if lost is None else f"not up to {lost:,}"
+    missing = ", ".join(f"{width:,}" for width in answer["not_measured"])
+    return words + (f"; not measured: {missing}" if missing else "")
 
 
 def read_rows(outputs: Path, question: str | None = None) -> list[dict[str, str]]:
@@ -63,12 +84,14 @@ def read_rows(outputs: Path, question: str | None = None) -> list[dict[str, str]
         path, own = run["folder"] / "results.csv", {}
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):  # a kill can cut off the last line
+            if not {"bf16_ms", "clear", "clock_mhz"} <= row.keys():
+                raise SettingsError(f"{path} is of an older fp8_benchmark.py; measure again, or move its folder away")
             try:
-                for key in ("width", "tokens", "n"):
-                    int(row[key])
+                for key in ("width", "tokens", "n", "inputs", "outputs"):
+                    int(row[key] or (0 if key in ("inputs", "outputs") else ""))
                 for key in ("ms", "speedup", "clock_mhz", "kept_gib", "peak_gib"):
                     float(row[key] or 0)
-                row["variant"], row["status"], row["inputs"], row["outputs"], row["clear"]
+                row["variant"], row["status"], row["clear"]
             except (KeyError, TypeError, ValueError) as error:
                 raise SettingsError(f"{path} holds a row that fp8_benchmark.py did not write: {error}") from None
             row["device_name"] = str(run.get("device_name"))

@@ -98,8 +98,9 @@ class Training:
 
     @property
     def machine(self) -> str:
-        """The devices that the times are of: "2 x NVIDIA H100 80GB HBM3"."""
-        return f"{self.ranks.world_size} x {utils.device_name(self.device)}"
+        """What the times are of: "2 x NVIDIA H100 80GB HBM3, fsdp"."""
+        method = f", {self.ranks.method}" if self.ranks.method is not None else ""
+        return f"{self.ranks.world_size} x {utils.device_name(self.device)}{method}"
 
     @property
     def sequences_per_update(self) -> int:
@@ -311,7 +312,7 @@ class Training:
             raise SettingsError(f"--resume: there is no checkpoint in {folder}; the run ended before one was saved")
         if details is not None:
             self.step, self.seconds, self.batch_size = details["step"], details["seconds"], details["batch_size"]
-            if details.get("measured_on", self.machine) == self.machine:  # else its times are of other GPUs
+            if details.get("measured_on") == self.machine:  # else its times are of something else
                 self.measured_before = details["measured"]
         self.run.drop_rows_after(self.step)
         if self.ranks.method is not None:

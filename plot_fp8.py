@@ -18,14 +18,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from figure_parts import BLUE, CROSS, GREEN, GREY, ORANGE, blank_figure, legend_below, save, tidy
-from fp8_results import SHAPE_WORDS, read_rows
+from fp8_results import SHAPE_WORDS, family, read_rows
 from precision import FP8_RECIPES
 from utils import SettingsError, parse_settings, run_script, setting
 
 COLUMNS = 3
 COLOURS = dict(zip(FP8_RECIPES, (ORANGE, BLUE, GREEN), strict=True))
-WORDS = SHAPE_WORDS | {"gpt2": "block of GPT-2", "llama": "block of Llama"}
-LOOKS = dict(zip(WORDS, (("o", "-"), ("^", "--"), ("s", ":"), ("D", "-"), ("P", "-")), strict=True))  # marker, line
+LOOKS = dict(
+    zip(SHAPE_WORDS, (("o", "-"), ("^", "--"), ("s", ":"), ("D", "-"), ("P", "-")), strict=True)
+)  # marker, line
 
 
 def panel(ax: Axes, question: str, rows: list[dict[str, str]]) -> None:
@@ -33,12 +34,11 @@ def panel(ax: Axes, question: str, rows: list[dict[str, str]]) -> None:
     widths = sorted({int(row["width"]) for row in rows})
     for (shape, recipe), group in groupby(sorted(rows, key=line_of), key=line_of):
         own = list(group)
-        points = [(int(row["width"]), float(row["speedup"] or "nan"), row["status"]) for row in own]
-        points.sort()
+        points = sorted((int(row["width"]), float(row["speedup"] or "nan")) for row in own)
         marker, style = LOOKS.get(shape, ("o", "-"))
-        if any(math.isfinite(speedup) for _, speedup, _ in points):  # what failed is a gap in the line
+        if any(math.isfinite(speedup) for _, speedup in points):  # what failed is a gap in the line
             ax.plot(
-                *list(zip(*points, strict=True))[:2],
+                *zip(*points, strict=True),
                 marker=marker,
                 linestyle=style,
                 color=COLOURS[recipe],
@@ -48,10 +48,14 @@ def panel(ax: Axes, question: str, rows: list[dict[str, str]]) -> None:
             if float(row["speedup"] or 0) > 1 and row["clear"] != "yes":
                 ax.plot(int(row["width"]), float(row["speedup"]), marker=marker, markersize=5, color=COLOURS[recipe],
                         markerfacecolor="white", zorder=3)  # fmt: skip
-        for width, _, status in (point for point in points if point[2] != "ok"):
-            ax.plot([width], [0.06], transform=ax.get_xaxis_transform(), **CROSS)
-            ax.annotate(f"{recipe}: {status}", (width, 0.06), (0, 9), ax.get_xaxis_transform(),
-                        textcoords="offset points", color=CROSS["color"], ha="center", fontsize=8)  # fmt: skip
+    failed = sorted((row for row in rows if not row["speedup"]), key=lambda row: int(row["width"]))
+    for width, group in groupby(failed, key=lambda row: int(row["width"])):
+        own = list(group)
+        reasons = {row["status"] if row["status"] != "ok" else "no bf16" for row in own}
+        words = own[0]["variant"] if len(own) == 1 else f"{len(own)} rows"
+        ax.plot([width], [0.06], transform=ax.get_xaxis_transform(), **CROSS)
+        ax.annotate(f"{words}:\n{', '.join(sorted(reasons))}", (width, 0.06), (0, 9), ax.get_xaxis_transform(),
+                    textcoords="offset points", color=CROSS["color"], ha="center", fontsize=8)  # fmt: skip
     ax.axhline(1, color=GREY, linewidth=1.2)
     ax.set_xscale("log", base=2)
     ax.set_xticks(widths, [f"{width:,}" for width in widths], rotation=45, ha="right", fontsize=8.5)
@@ -62,7 +66,7 @@ def panel(ax: Axes, question: str, rows: list[dict[str, str]]) -> None:
 
 def line_of(row: dict[str, str]) -> tuple[str, str]:
     """The shape, or the family of models whose block it is, and the recipe."""
-    return row["name"].split("-")[0], row["variant"]
+    return family(row), row["variant"]
 
 
 def speedup_figure(outputs: Path) -> Figure:
@@ -83,8 +87,9 @@ def speedup_figure(outputs: Path) -> Figure:
     counted = " to ".join(str(number) for number in dict.fromkeys(numbers[:1] + numbers[-1:]))
     figure = blank_figure(
         "FP8 against bf16, by width: time of a training step's products, of a layer and of a block with their casts",
-        f"rounds of replays of a CUDA graph in turn with bf16, n = {counted}: median of the middle round | "
-        "above the grey line FP8 is faster; hollow: not in every round",
+        "rounds of replays of a CUDA graph, in turn with bf16: medians of the middle rounds"
+        + (f", n = {counted}" if counted else "")
+        + " | above the grey line FP8 is faster; hollow: not in every round",
         height=1.9 + 3.3 * lines,
     )
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
@@ -102,7 +107,9 @@ def speedup_figure(outputs: Path) -> Figure:
     handles = [Line2D([], [], color=COLOURS[name], linewidth=3, label=name) for name in recipes]
     for name in shapes:
         marker, style = LOOKS[name]
-        handles.append(Line2D([], [], color="black", marker=marker, linestyle=style, markersize=5, label=WORDS[name]))
+        handles.append(
+            Line2D([], [], color="black", marker=marker, linestyle=style, markersize=5, label=SHAPE_WORDS[name])
+        )
     legend_below(figure, len(handles), handles)
     return figure
 

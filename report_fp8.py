@@ -8,13 +8,14 @@ as means of 25 steps, with what another seed does to bf16 beside them. What has 
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8_results import QUESTIONS, SHAPE_WORDS, break_even, read_rows
+from fp8_results import QUESTIONS, SHAPE_WORDS, break_even, in_words, read_rows
 from report_text import ROOT, markdown, not_run, percent, plain, shown
 from run_results import Run, read_run
 from utils import SettingsError, parse_settings, run_script, setting
@@ -48,6 +49,11 @@ def runs_of(outputs: Path) -> list[Run]:
 
 def seed_of(run: Run) -> int:
     return run.info["settings"]["seed"]
+
+
+def changed_card(run: Run) -> bool:
+    """Whether the run was resumed on a GPU of another name: its times are not those of `device_name`."""
+    return any("device_name" in entry for entry in run.info.get("resumed") or [])
 
 
 def warm_up_of(run: Run) -> int:
@@ -93,7 +99,11 @@ def baseline_of(run: Run, runs: list[Run]) -> Run | None:
     """
 
     own = facts(run)
-    found = [o for o in runs if o.info["precision"] == "bf16" and o.info["status"] == "ok" and facts(o) == own]
+    found = [
+        o
+        for o in runs
+        if o.info["precision"] == "bf16" and o.info["status"] == "ok" and facts(o) == own and not changed_card(o)
+    ]
     steps = run.info["settings"].get("max_steps")
     return min(found, key=lambda other: other.info["settings"].get("max_steps") != steps, default=None)
 
@@ -109,6 +119,9 @@ def training_table(outputs: Path) -> str:
         words = [run.info["device_name"], model_words(run), plain(precision_words(run)), str(seed_of(run))]
         if run.info["status"] != "ok":
             lines.append([*words, run.info["status"], *["-"] * 9])
+            continue
+        if changed_card(run):
+            lines.append([*words, "went on on another GPU", *["-"] * 8, last_loss(run)])
             continue
         if (run.info.get("fp8") or {}).get("emulated"):
             lines.append([*words, *["-"] * 9, last_loss(run)])  # its time and memory say nothing about FP8
@@ -153,12 +166,15 @@ def last_loss(run: Run) -> str:
     """Mean of the last BLOCK_STEPS steps and the step at which they end."""
     if not run.steps:
         return "-"
-    return f"{statistics.fmean(row['loss'] for row in run.steps[-BLOCK_STEPS:]):.3f} at {len(run.steps)}"
+    losses = [row["loss"] for row in run.steps[-BLOCK_STEPS:]]
+    return (
+        f"not finite at {len(run.steps)}" if None in losses else f"{statistics.fmean(losses):.3f} at {len(run.steps)}"
+    )
 
 
 def block_means(run: Run) -> list[float]:
     """Mean loss of each BLOCK_STEPS steps; a rest is left out."""
-    losses = [row["loss"] for row in run.steps]
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in run.steps]
     return [
         statistics.fmean(losses[begin : begin + BLOCK_STEPS])
         for begin in range(0, len(losses) - BLOCK_STEPS + 1, BLOCK_STEPS)
@@ -253,12 +269,8 @@ def break_even_table(outputs: Path) -> str:
     lines = []
     for (device, question), own in itertools.groupby(rows, key=lambda row: (row["device_name"], row["question"])):
         for answer in break_even(own, question):
-            lost, won = answer["slower_at"], answer["faster_from"]
-            words = f"not up to {lost:,}" if won is None else f"{won:,}"
-            if won is not None:
-                words += f" (not yet at {lost:,})" if lost else ", the smallest"
             shape = SHAPE_WORDS.get(answer["name"], answer["name"])
-            lines.append([device, question, shape, f"{answer['tokens']:,}", plain(answer["recipe"]), words])
+            lines.append([device, question, shape, f"{answer['tokens']:,}", plain(answer["recipe"]), in_words(answer)])
     if not lines:
         return not_run("the break-even widths", "python fp8_benchmark.py")
     return markdown(["GPU", "what", "shape", "tokens", "recipe", "faster from a width d of"], lines)
@@ -288,7 +300,7 @@ def main() -> int:
         raise SettingsError(f"--output_folder {outputs} has no folder fp8; run {TRAINING}")
     print(training_table(outputs), parity_table(outputs), sep="\n\n")
     for question in QUESTIONS:
-        keys = ("ms", "speedup") if question == "products" else ("ms", "speedup", "kept_gib", "peak_gib")
+        keys = ("ms", "speedup", *(("kept_gib", "peak_gib") if question == "blocks" else ()))
         print("", widths_table(outputs, question, keys), sep="\n")
     print("", break_even_table(outputs), sep="\n")
     return 0

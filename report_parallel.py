@@ -63,6 +63,7 @@ def ratio(results: dict, one: dict) -> float | None:
 def parallel_table(outputs: Path) -> str:
     """One row a run: speed against one process, MFU, memory of each GPU against the formula."""
     runs = [read_run(path.parent) for path in (outputs / "parallel").glob("*/run.json")]
+    runs = [run for run in runs if {"model_size", "device_name", "batch_size", "settings"} <= run.info.keys()]
     if not runs:
         return not_run("a training in several processes", COMMAND)
     runs.sort(key=lambda run: (run.info["device_name"], world_size(run), run.info["batch_size"], run.name))
@@ -70,6 +71,7 @@ def parallel_table(outputs: Path) -> str:
     for run in runs:
         layers = run.info["settings"].get("num_layers")
         words = [
+            f"`{run.name}`",
             f"{world_size(run)} x {run.info['device_name']}",
             run.info.get("parallel") or "one process",
             f"`{run.info['model_size']}`" + (f", {layers} of its layers" if layers else ""),
@@ -96,7 +98,16 @@ def parallel_table(outputs: Path) -> str:
                 ", ".join(shown(peak) for peak in peaks),
             ]
         )
-    header = ["GPUs", "parallel", "model", "batch of all", "tokens/s of all", "step ms (20th-80th percentile)", "n"]
+    header = [
+        "run",
+        "GPUs",
+        "parallel",
+        "model",
+        "batch of all",
+        "tokens/s of all",
+        "step ms (20th-80th percentile)",
+        "n",
+    ]
     header += ["times one", "MFU", "held before forward, GiB a GPU", "by the formula", "peak, GiB by GPU"]
     return markdown(header, lines)
 

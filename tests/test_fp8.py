@@ -328,16 +328,24 @@ def test_break_even_width(points, slower_at, faster_from):
     assert (answer["slower_at"], answer["faster_from"]) == (slower_at, faster_from)
 
 
-def test_blocks_of_all_models_make_one_answer():
-    rows = [row(768, 0.8, name="gpt2", question="blocks"), row(4096, 1.4, name="llama-8b", question="blocks")]
-    (answer,) = fp8_results.break_even(rows, "blocks")
-    assert (answer["slower_at"], answer["faster_from"]) == (768, 4096)
+def test_blocks_of_a_family_make_one_answer():
+    names = ((768, 0.8, "gpt2"), (1600, 0.9, "gpt2-xl"), (2048, 0.9, "llama-1b"), (4096, 1.4, "llama-8b"))
+    rows = [row(width, speedup, name=name, question="blocks") for width, speedup, name in names]
+    answers = fp8_results.break_even(rows, "blocks")
+    found = [(answer["name"], answer["slower_at"], answer["faster_from"]) for answer in answers]
+    assert found == [("gpt2", 1600, None), ("llama", 2048, 4096)]
 
 
-def test_a_width_that_failed_is_not_faster():
-    rows = [row(512, 1.2), row(1024, 1.3), row(2048, 1.4) | {"speedup": None, "clear": None}]
+@pytest.mark.parametrize("missing", [None, ""])
+def test_a_width_that_failed_is_neither_faster_nor_slower(missing):
+    rows = [row(512, 0.9), row(1024, 1.3), row(2048, 1.4) | {"speedup": missing, "clear": missing}]
     (answer,) = fp8_results.break_even(rows, "layers")
-    assert (answer["slower_at"], answer["faster_from"]) == (2048, None)
+    assert (answer["slower_at"], answer["faster_from"], answer["not_measured"]) == (512, 1024, [2048])
+    assert fp8_results.in_words(answer) == "1,024 (not yet at 512); not measured: 2,048"
+    (answer,) = fp8_results.break_even(rows[2:], "layers")
+    assert fp8_results.in_words(answer) == "-; not measured: 2,048"
+    (answer,) = fp8_results.break_even(rows[:1], "layers")
+    assert fp8_results.in_words(answer) == "not up to 512"
 
 
 def test_a_width_within_the_noise_is_not_faster():
@@ -380,13 +388,13 @@ def test_a_row_is_timed_in_turn_with_bf16(bench):
 
 def test_a_card_that_is_held_back_has_no_speedup(bench):
     bench, clocks = bench
-    clocks[:] = [1980.0, 1000.0, 985.0, 1970.0]
+    clocks[:] = [1980, 1400, 1980, 980, 1000, 1000, 985, 985, 1200, 1970]  # three a row: their median counts
     rows = products(bench, ("bf16", 2_000), ("tensorwise", 1_000), ("rowwise", 1_000), ("rowwise_with_gw_hp", 1_000))
     assert [row["status"] for row in rows] == ["ok", "ok", "throttled", "ok"]
     assert [row["clock_mhz"] for row in rows] == ["1980", "1000", "985", "1970"]
     assert (rows[2]["speedup"], rows[2]["clear"], rows[2]["tflops"]) == ("", "", "") and float(rows[2]["ms"]) >= 1
     assert rows[3]["speedup"] != "" and bench.highest_mhz == 1980.0
-    assert fp8_results.break_even(bench.rows, "products")[1]["faster_from"] is None
+    assert fp8_results.break_even(bench.rows, "products")[1]["not_measured"] == [512]
 
 
 def test_without_a_time_of_bf16_there_is_no_speedup(bench, monkeypatch):
@@ -402,6 +410,45 @@ def test_without_a_time_of_bf16_there_is_no_speedup(bench, monkeypatch):
     monkeypatch.setattr(fp8_benchmark, "three_products", full)
     rows = products(bench, ("bf16", 1_000), ("tensorwise", 1_000))
     assert [(row["status"], row["speedup"], row["clear"]) for row in rows] == [("oom", "", ""), ("ok", "", "")]
+
+
+def test_a_step_that_cannot_be_recorded_is_out_of_memory(bench, monkeypatch):
+    bench, _ = bench
+
+    def recorded(step):
+        def full():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return full
+
+    monkeypatch.setattr(fp8_benchmark, "RecordedStep", recorded)
+    products(bench, ("bf16", 1_000))
+    monkeypatch.setattr(fp8_benchmark, "RecordedStep", lambda step: step)
+    rows = products(bench, ("tensorwise", 1_000))
+    assert (rows[0]["status"], rows[0]["ms"]) == ("oom", "")
+    assert rows[1]["status"] == "ok" and rows[1]["speedup"] == ""
+
+
+def test_operands_that_do_not_fit_are_a_row(bench, monkeypatch):
+    bench, _ = bench
+    products(bench, ("bf16", 1_000))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fp8_benchmark, "three_products", full)
+    rows = products(bench, ("bf16", 1_000), ("rowwise", 1_000))
+    assert [row["status"] for row in rows] == ["ok", "oom", "oom"] and bench.base is None
+
+
+def test_work_comes_before_the_rounds(bench, monkeypatch):
+    bench, _ = bench
+    calls = []
+    monkeypatch.setattr(fp8_benchmark, "LOAD_SECONDS", 0.05)
+    assert bench.load([lambda: calls.append("a") or time.sleep(0.01), lambda: calls.append("b")])
+    assert calls[:4] == ["a", "b", "a", "b"] and 4 <= len(calls) <= 12
+    monkeypatch.setattr(fp8_benchmark, "LOAD_SECONDS", 0.0)
+    assert bench.load([lambda: calls.append("c")]) and calls[-1] == "c"  # once at least: the first call records
 
 
 @pytest.mark.parametrize("rowwise", [False, True])

@@ -163,7 +163,7 @@ def test_the_benchmarks_tables(outputs):
     ]
     found = [row[-2:] for row in cells(report_fp8.break_even_table(outputs))]
     assert found == [
-        ["tensorwise", "2,048 (not yet at 1,024)"],
+        ["tensorwise", "2,048 (not yet at 512); not measured: 1,024"],
         ["tensorwise", "256, the smallest"],
     ]
     assert report_fp8.widths_table(outputs, "blocks", ("ms",)).startswith("Not run yet: the benchmark's blocks")
@@ -179,10 +179,13 @@ def test_a_line_that_a_kill_cut_off_is_ignored_and_a_damaged_file_is_one_sentenc
     path = outputs / "fp8" / "benchmark" / "results.csv"
     path.write_text(path.read_text().rstrip())
     assert [row["width"] for row in fp8_results.read_rows(outputs)] == ["512"]
-    for wrong in (line[:-30], line.replace("512", "wide"), "x"):
+    for wrong in (line[:-30], line.replace("512", "wide"), line.replace(",512,bf16", ",abc,bf16"), "x"):
         path.write_text(",".join(fp8_results.COLUMNS) + "\n" + wrong + "\n")
         with pytest.raises(SettingsError, match="holds a row that fp8_benchmark"):
             fp8_results.read_rows(outputs)
+    path.write_text("question,name,width\nlayers,square,512\n")
+    with pytest.raises(SettingsError, match="is of an older fp8_benchmark"):
+        fp8_results.read_rows(outputs)
 
 
 @pytest.mark.parametrize("status", ["running", "oom"])
@@ -191,6 +194,28 @@ def test_a_baseline_without_results_is_none(tmp_path, status):
     make_run(tmp_path, "fp8", fp8=FP8)
     rows = cells(report_fp8.training_table(tmp_path))
     assert [row[6] for row in rows] == ["-", "-"]
+
+
+def test_a_run_that_went_on_on_another_card_has_no_speed(tmp_path):
+    make_run(tmp_path, "bf16")
+    make_run(tmp_path, "fp8", fp8=FP8)
+    for name in ("bf16", "fp8"):
+        path = tmp_path / "fp8" / name / "run.json"
+        change = (
+            {"resumed": [{"step": 3, "device_name": "other card"}]} if name == "bf16" else {"resumed": [{"step": 3}]}
+        )
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    bf16, fp8 = cells(report_fp8.training_table(tmp_path))
+    assert bf16[4] == "went on on another GPU" and set(bf16[5:-1]) == {"-"} and fp8[4] == "1,000" and fp8[6] == "-"
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    make_run(tmp_path, "bf16")
+    path = tmp_path / "fp8" / "bf16" / "steps.jsonl"
+    path.write_text(path.read_text() + '{"step": 61, "loss": null}\n')
+    (row,) = cells(report_fp8.training_table(tmp_path))
+    assert row[-1] == "not finite at 61"
+    assert report_fp8.block_means(report_fp8.runs_of(tmp_path)[0]) == [6.0, 5.0]
 
 
 def test_a_run_too_short_to_time(tmp_path):
@@ -216,10 +241,10 @@ def test_the_figure_has_a_panel_for_each_question_and_gpu(outputs, monkeypatch, 
     assert titles == ["layers, 64 tokens\ncard", "blocks, 64 tokens\nother card"]
     lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
     assert [[512, 0.5], [1024, 1.5]] in lines and [[512, 0.06]] in lines  # the cross of what did not fit
-    assert [text.get_text() for text in figure.axes[0].texts] == ["tensorwise: oom"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["tensorwise:\noom"]
     hollow = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_markerfacecolor() == "white"]
     assert hollow == [[[1024, 1.5]]]  # not clear
-    assert "in turn with bf16, n = 5 to 20:" in figure.get_suptitle()
+    assert "middle rounds, n = 5 to 20" in figure.get_suptitle()
     monkeypatch.setattr(sys, "argv", ["plot_fp8.py", f"--output_folder={outputs}"])
     assert plot_fp8.main() == 0
     path = Path(capsys.readouterr().out.strip())

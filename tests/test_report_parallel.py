@@ -35,6 +35,8 @@ def test_rows(tmp_path):
     make_run(tmp_path, "e", 1950.0, batch=8, parallel="ddp", world_size=2, device="other card")
     make_run(tmp_path, "f", 0.0, batch=8, parallel="fsdp", world_size=2, status="oom")
     rows = cells(report_parallel.parallel_table(tmp_path))
+    assert [row[0] for row in rows][:2] == ["`z`", "`d`"]
+    rows = [row[1:] for row in rows]
     assert [row[7] for row in rows] == ["-", "-", "1.900", "1.880", "-", "-"]
     assert rows[2][:5] == ["2 x card", "ddp", "`tiny`", "8", "1,900"] and rows[4][4] == "oom"
     # fp32 with AdamW and 2^30 parameters: 12 GiB without gradients, 16 with DDP's buckets, half of 12 a shard.
@@ -49,7 +51,9 @@ def test_a_resumed_run_and_one_of_fewer_layers_say_so(tmp_path):
     path = tmp_path / "parallel" / "two" / "run.json"
     info = json.loads(path.read_text())
     path.write_text(json.dumps(info | {"settings": info["settings"] | {"num_layers": 1}}))
-    one, two = cells(report_parallel.parallel_table(tmp_path))
+    (tmp_path / "parallel" / "other").mkdir()
+    (tmp_path / "parallel" / "other" / "run.json").write_text('{"status": "ok"}')  # another script's
+    one, two = (row[1:] for row in cells(report_parallel.parallel_table(tmp_path)))
     assert one[4:] == ["ok, resumed after step 12", *["-"] * 7]
     assert two[2] == "`tiny`, 1 of its layers" and two[7] == "-"
 
