@@ -48,7 +48,6 @@ from transformer_based_llm import MODEL_SIZES, TransformerLM, model_config
 from utils import (
     GIB,
     SettingsError,
-    is_out_of_memory,
     parse_settings,
     peak_tflops,
     percentile,
@@ -56,6 +55,7 @@ from utils import (
     read_rising,
     run_script,
     setting,
+    unless_out_of_memory,
 )
 
 LARGEST_ERROR = 0.25  # of output and gradients against fp32; 4 bits of mantissa round by some per cent
@@ -235,20 +235,21 @@ class Benchmark:
             f"{clock}{memory}{shown(row['error'], '.1e'):>9}"
         )
 
-    def measure(self, step: Callable[[], torch.Tensor], variant: str) -> tuple[Cost, dict[str, Any]]:
+    def measure(self, step: Callable[[], torch.Tensor] | None, variant: str) -> tuple[Cost, dict[str, Any]]:
         """Time of the recorded step and peak memory of the launched one; what else the row says of its time.
 
+        A step that is None did not fit into the memory.
         bf16 comes first in each group of rows and stays recorded, for the recipes to be timed in turn with it. Costs of
         several rounds are the round with the median time; `n` counts the steps of all rounds.
         """
         self.base = None if variant == "bf16" else self.base
-        launched = measure(step, self.device, repeats=1, compiled=True)
+        launched = Cost("oom") if step is None else measure(step, self.device, repeats=1, compiled=True)
         if launched.status != "ok":
             return launched, {}
         steps = {"own": (RecordedStep(step), ())}
         if self.base is not None:
             steps = {"bf16": (self.base, ()), **steps}
-        if not self.load([step for step, _ in steps.values()]):
+        if unless_out_of_memory(lambda: self.load([step for step, _ in steps.values()])) is None:
             return Cost("oom"), {}
         rounds: dict[str, list[Cost]] = {name: [] for name in steps}
         clocks = []
@@ -272,21 +273,16 @@ class Benchmark:
         n = sum(one.n for one in rounds["own"])
         return replace(cost, n=n, start_gib=launched.start_gib, peak_gib=launched.peak_gib), seen
 
-    def load(self, steps: list[Callable[[], torch.Tensor]]) -> bool:
-        """Run the steps in turn for LOAD_SECONDS, at least once, which records them; whether the memory sufficed."""
-        begin = time.perf_counter()
-        try:
-            while True:
-                for step in steps:
-                    step()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                if time.perf_counter() - begin >= LOAD_SECONDS:
-                    return True
-        except (RuntimeError, MemoryError) as problem:
-            if not is_out_of_memory(problem):
-                raise
-        return False
+    def load(self, steps: list[Callable[[], torch.Tensor]]) -> int:
+        """Run the steps in turn for LOAD_SECONDS, at least once, which records them; how often they ran."""
+        begin, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - begin < LOAD_SECONDS:
+            for step in steps:
+                step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            count += 1
+        return count
 
     def clock(self) -> float:
         """The GPU's clock in MHz now; remembers the highest one."""
@@ -295,14 +291,8 @@ class Benchmark:
         return clock
 
     def products(self, name: str, width: int, tokens: int, inputs: int, outputs: int, variant: str) -> None:
-        try:
-            step = three_products(tokens, inputs, outputs, variant)
-        except (RuntimeError, MemoryError) as problem:
-            if not is_out_of_memory(problem):
-                raise
-            step = None
-        self.base = None if variant == "bf16" else self.base
-        cost, seen = (Cost("oom"), {}) if step is None else self.measure(step, variant)
+        step = unless_out_of_memory(lambda: three_products(tokens, inputs, outputs, variant))
+        cost, seen = self.measure(step, variant)
         facts = {"name": name, "width": width, "tokens": tokens, "inputs": inputs, "outputs": outputs}
         self.add(cost, question="products", flop=6 * tokens * inputs * outputs, variant=variant, **facts, **seen)
 
@@ -319,12 +309,9 @@ class Benchmark:
             torch.cuda.empty_cache()
             torch.manual_seed(0)
             others = torch.cuda.memory_allocated()  # the reference's results, which are not the module's
-            try:
-                step = Step(build(variant), shape, variant, torch.bfloat16 if question == "layers" else torch.float32)
-                found = step.results()
-            except (RuntimeError, MemoryError) as problem:
-                if not is_out_of_memory(problem):
-                    raise
+            dtype = torch.bfloat16 if question == "layers" else torch.float32
+            step = unless_out_of_memory(lambda: Step(build(variant), shape, variant, dtype))  # noqa: B023
+            found = None if step is None else unless_out_of_memory(step.results)
             if variant == "fp32":
                 exact = found
                 continue
@@ -335,7 +322,7 @@ class Benchmark:
             del found
             same = error < LARGEST_ERROR  # what computes another function gets no time
             cost, timed = self.measure(step, variant) if same else (Cost("error"), {})
-            kept = step.kept_gib() if cost.status in ("ok", "throttled") else None
+            kept = unless_out_of_memory(step.kept_gib) if cost.status in ("ok", "throttled") else None
             if cost.peak_gib is not None:
                 cost = replace(cost, peak_gib=round(cost.peak_gib - others / GIB, 5))
             seen = {"kept_gib": None if kept is None else round(kept, 5), "error": float(f"{error:.3g}")}

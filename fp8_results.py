@@ -87,8 +87,10 @@ def read_rows(outputs: Path, question: str | None = None) -> list[dict[str, str]
             if not {"bf16_ms", "clear", "clock_mhz"} <= row.keys():
                 raise SettingsError(f"{path} is of an older fp8_benchmark.py; measure again, or move its folder away")
             try:
-                for key in ("width", "tokens", "n", "inputs", "outputs"):
-                    int(row[key] or (0 if key in ("inputs", "outputs") else ""))
+                for key in ("width", "tokens", "n"):
+                    int(row[key])
+                for key in ("inputs", "outputs"):
+                    int(row[key] or 0)
                 for key in ("ms", "speedup", "clock_mhz", "kept_gib", "peak_gib"):
                     float(row[key] or 0)
                 row["variant"], row["status"], row["clear"]

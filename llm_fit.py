@@ -278,13 +278,14 @@ class Training:
             mfu = None if rate is None else utils.model_flops_utilisation(rate, self.flops_per_token, peak)
             headline |= {f"mfu_{kind}_peak": None if mfu is None else round(mfu, 4), f"{kind}_peak_tflops": peak}
         now_measured = {**headline, "epoch_minutes": epoch, "compile_s": self.compile_s, **self.memory_headline()}
+        now_measured["measured_on"] = self.machine
         return max(self.measured_before, now_measured, key=lambda numbers: numbers.get("timed_steps", -1))
 
     def save(self, log: StepLog) -> None:
         """Keep the training state in checkpoint/: one file, of a parallel run the shards of all processes."""
         folder = self.run.path / "checkpoint"
         place = {"step": self.step, "seconds": self.seconds, "batch_size": self.batch_size}
-        place |= {"measured": self.measured(log), "measured_on": self.machine}
+        place |= {"measured": self.measured(log)}
         if self.ranks.method is not None:
             save_sharded(folder, self.model, self.optimizer, self.scaler, place, self.ranks)
             return
@@ -312,7 +313,7 @@ class Training:
             raise SettingsError(f"--resume: there is no checkpoint in {folder}; the run ended before one was saved")
         if details is not None:
             self.step, self.seconds, self.batch_size = details["step"], details["seconds"], details["batch_size"]
-            if details.get("measured_on") == self.machine:  # else its times are of something else
+            if details["measured"].get("measured_on") == self.machine:  # else its times are of something else
                 self.measured_before = details["measured"]
         self.run.drop_rows_after(self.step)
         if self.ranks.method is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from fp8_results import QUESTIONS, SHAPE_WORDS, break_even, in_words, read_rows
 from report_text import ROOT, markdown, not_run, percent, plain, shown
-from run_results import Run, read_run
+from run_results import Run, measured_elsewhere, read_run
 from utils import SettingsError, parse_settings, run_script, setting
 
 ORDER = ("fp32", "bf16", "fp8")
@@ -49,11 +49,6 @@ def runs_of(outputs: Path) -> list[Run]:
 
 def seed_of(run: Run) -> int:
     return run.info["settings"]["seed"]
-
-
-def changed_card(run: Run) -> bool:
-    """Whether the run was resumed on a GPU of another name: its times are not those of `device_name`."""
-    return any("device_name" in entry for entry in run.info.get("resumed") or [])
 
 
 def warm_up_of(run: Run) -> int:
@@ -99,11 +94,8 @@ def baseline_of(run: Run, runs: list[Run]) -> Run | None:
     """
 
     own = facts(run)
-    found = [
-        o
-        for o in runs
-        if o.info["precision"] == "bf16" and o.info["status"] == "ok" and facts(o) == own and not changed_card(o)
-    ]
+    sound = (other for other in runs if other.info["status"] == "ok" and not measured_elsewhere(other))
+    found = [other for other in sound if other.info["precision"] == "bf16" and facts(other) == own]
     steps = run.info["settings"].get("max_steps")
     return min(found, key=lambda other: other.info["settings"].get("max_steps") != steps, default=None)
 
@@ -120,8 +112,8 @@ def training_table(outputs: Path) -> str:
         if run.info["status"] != "ok":
             lines.append([*words, run.info["status"], *["-"] * 9])
             continue
-        if changed_card(run):
-            lines.append([*words, "went on on another GPU", *["-"] * 8, last_loss(run)])
+        if measured_elsewhere(run):
+            lines.append([*words, "ok, resumed elsewhere", *["-"] * 8, last_loss(run)])
             continue
         if (run.info.get("fp8") or {}).get("emulated"):
             lines.append([*words, *["-"] * 9, last_loss(run)])  # its time and memory say nothing about FP8
@@ -148,16 +140,8 @@ def training_table(outputs: Path) -> str:
                 last_loss(run),
             ]
         )
-    header = [
-        "GPU",
-        "model",
-        "precision",
-        "seed",
-        "tokens/s",
-        "step ms (20th-80th percentile)",
-        "times bf16, same seed",
-    ]
-    header += ["FLOPs in FP8", "times bf16 if those took half the time"]
+    header = ["GPU", "model", "precision", "seed", "tokens/s", "step ms (20th-80th percentile)"]
+    header += ["times bf16, same seed", "FLOPs in FP8", "times bf16 if those took half the time"]
     header += ["MFU of the bf16 peak", "MFU of the fp8 peak", "peak allocated, GiB", "compiled in, s"]
     return markdown([*header, f"loss, mean of {BLOCK_STEPS} steps, at the last"], lines)
 
@@ -167,9 +151,8 @@ def last_loss(run: Run) -> str:
     if not run.steps:
         return "-"
     losses = [row["loss"] for row in run.steps[-BLOCK_STEPS:]]
-    return (
-        f"not finite at {len(run.steps)}" if None in losses else f"{statistics.fmean(losses):.3f} at {len(run.steps)}"
-    )
+    words = "not finite" if None in losses else f"{statistics.fmean(losses):.3f}"
+    return f"{words} at {len(run.steps)}"
 
 
 def block_means(run: Run) -> list[float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from optimizers import state_bytes_per_parameter
 from parallel import held_bytes
 from report_text import ROOT, markdown, not_run, percent, place, shown
-from run_results import Run, read_run
+from run_results import Run, measured_elsewhere, read_run
 from utils import GIB, SettingsError, parse_settings, run_script, setting
 
 COMMAND = "torchrun --nproc_per_node=2 llm_train.py --experiment parallel --parallel fsdp"
@@ -47,8 +47,8 @@ def one_of(run: Run, runs: list[Run]) -> Run | None:
 
 
 def status_of(run: Run) -> str:
-    """The run's status; "ok" is one whose time and memory are those of its processes from beginning to end."""
-    if run.info["status"] == "ok" and run.info.get("resumed"):
+    """The run's status; "ok" is one whose time and memory are of the devices that its run.json names."""
+    if run.info["status"] == "ok" and measured_elsewhere(run):
         return f"ok, resumed after step {run.info['resumed'][-1]['step']}"
     if run.info["status"] == "ok" and run.info["results"].get("tokens_per_s") is None:
         return "too short to time"
@@ -98,17 +98,9 @@ def parallel_table(outputs: Path) -> str:
                 ", ".join(shown(peak) for peak in peaks),
             ]
         )
-    header = [
-        "run",
-        "GPUs",
-        "parallel",
-        "model",
-        "batch of all",
-        "tokens/s of all",
-        "step ms (20th-80th percentile)",
-        "n",
-    ]
-    header += ["times one", "MFU", "held before forward, GiB a GPU", "by the formula", "peak, GiB by GPU"]
+    header = ["run", "GPUs", "parallel", "model", "batch of all", "tokens/s of all"]
+    header += ["step ms (20th-80th percentile)", "n", "times one"]
+    header += ["MFU", "held before forward, GiB a GPU", "by the formula", "peak, GiB by GPU"]
     return markdown(header, lines)
 
 

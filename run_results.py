@@ -26,6 +26,14 @@ class Run:
     probes: list[dict]  # batch_size_search.csv, one dict a probe in the order tried, GiB and seconds
 
 
+def measured_elsewhere(run: Run) -> bool:
+    """Whether a resumed run's times are (or, in older folders, may be) of other devices than its run.json names."""
+    info = run.info
+    method = f", {info['parallel']}" if info.get("parallel") else ""
+    named = f"{info.get('world_size') or 1} x {info.get('device_name')}{method}"
+    return bool(info.get("resumed")) and (info.get("results") or {}).get("measured_on") != named
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file that exists; RunFolderError if it holds anything else."""
     try:

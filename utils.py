@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 GIB = 2**30
 Settings = TypeVar("Settings")
+Result = TypeVar("Result")
 
 
 class SettingsError(ValueError):
@@ -152,6 +153,16 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     signs = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def unless_out_of_memory(function: Callable[[], Result]) -> Result | None:
+    """What a function returns; None if memory runs out in it. Every other error is raised."""
+    try:
+        return function()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None  # after the except block, so that the frames of the error and their tensors can go
 
 
 def run_script(main: Callable[[], int | None]) -> None:

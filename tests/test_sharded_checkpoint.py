@@ -14,6 +14,7 @@ from torch import nn
 import sharded_checkpoint
 from optimizers import make_optimizer
 from processes import ALONE
+from run_results import measured_elsewhere, read_run
 from sharded_checkpoint import SINGLE, load_checkpoint, newest, remove_others, save_sharded
 from training_state import capture, save_state
 from utils import SettingsError
@@ -247,6 +248,9 @@ def test_times_and_memory_of_other_processes_do_not_count(runs):
     first = {name: runs[name].info["results"]["first_step_ms"] for name in began}
     begun = {name: runs[name].steps[step]["step_ms"] for name, step in began.items()}
     assert first == pytest.approx(begun, abs=0.01)
+    seen = {name: runs[name].info["results"]["measured_on"] for name in began}
+    assert seen["two-to-one"].startswith("1 x ") and seen["one-to-two"].startswith("2 x ")
+    assert not any(measured_elsewhere(read_run(runs[name].path)) for name in began)
     assert len(runs["one-to-two"].info["results"]["peak_allocated_gib_by_rank"]) == 2
     assert "peak_allocated_gib_by_rank" not in runs["two-to-one"].info["results"]
 
